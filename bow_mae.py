@@ -1,0 +1,1011 @@
+# SPDX-License-Identifier: MIT
+"""BoW-MAE: pre-training for dense retrieval by bag-of-word prediction, with no decoder (SIGIR 2024, arXiv 2401.11248).
+
+A masked language model whose [CLS] vector must also predict, through the model's own masked-LM head, the set of words
+of its input. No parameter is added. This file stands alone when copied; it needs torch, transformers, datasets and
+numpy. It reads in the paper's order: configuration, data, masking, losses and model, schedules, processes,
+checkpoints, evaluation, training loop.
+
+A small BERT from scratch on the documentation of the installed Python packages, on CPU or GPU, without network:
+    torchrun bow_mae.py
+The paper's first stage on 8 GPUs (any number of processes, or --nnodes, gives the same batches and the same losses):
+    torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data wikimedia/wikipedia:20231101.en \
+        --max_length 512 --steps 140000 --batch_size 2048 --micro_batch_size 64 --lr 3e-4 --warmup_steps 4000 \
+        --workers 4 --output out/wikipedia
+A run that was stopped or killed goes on where it was when the same command is given again.
+"""
+
+import ast
+import contextlib
+import glob
+import gzip
+import json
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from datasets.distributed import split_dataset_by_node
+from safetensors import SafetensorError
+from tokenizers.trainers import WordPieceTrainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+
+@dataclass
+class Config:
+    """Every flag of the command line, with its unit. The defaults are the run of `torchrun bow_mae.py`."""
+
+    data: str = HfArg(default="python-docs", help="python-docs, a file, folder or glob, or a hub name:config:split")
+    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space into a text")
+    model: str = HfArg(default="tiny", help="a masked LM (hub name or folder), or a fresh tiny|mini|small|medium|base")
+    objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's loss, or a baseline's")
+    max_length: int = HfArg(default=64, help="tokens in a window, [CLS] and [SEP] included")
+    mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
+    bow_weight: float = HfArg(default=1.0, help="weight λ of the bag-of-word loss at the first step")
+    bow_weight_final: float = HfArg(default=0.1, help="λ at the last step, reached by a cosine")
+    steps: int = HfArg(default=5000, help="optimizer steps")
+    batch_size: int = HfArg(default=32, help="windows in an optimizer step, over all processes")
+    micro_batch_size: int = HfArg(default=16, help="windows in one forward and backward pass")
+    lr: float = HfArg(default=2e-3, help="peak learning rate of AdamW")
+    lr_final_ratio: float = HfArg(default=0.1, help="last learning rate over the peak, reached by a cosine")
+    warmup_steps: int = HfArg(default=200, help="steps of linear warm-up")
+    weight_decay: float = HfArg(default=0.01, help="of AdamW, on matrices alone")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 where it is native")
+    compile: bool = HfArg(default=False, help="run the model through torch.compile")
+    seed: int = HfArg(default=0, help="of the weights, the order of the data, the masks and the dropout")
+    workers: int = HfArg(default=1, help="loader processes of each process, at most one a part; 0: none")
+    output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, the logs and the model")
+    save_every: int = HfArg(default=500, help="steps between checkpoints")
+    keep: int = HfArg(default=2, help="newest checkpoints that stay")
+    log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
+    eval_every: int = HfArg(default=1000, help="steps between evaluations on the held-out texts")
+    resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a checkpoint folder")
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches in a step, n: micro-batch i of every step comes from part i of the data, 1 text in n."""
+        return self.batch_size // self.micro_batch_size
+
+
+# no loss depends on these, so they may change between the starts of one run
+FREE_FLAGS = {"workers", "output", "save_every", "keep", "log_every", "eval_every", "resume"}
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says what is wrong, where, and how to mend it."""
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """Read the command line; raises UserError for a flag or a value that cannot be."""
+    def fail(message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    config = Config(**vars(parser.parse_args(argv)))
+    for name in "steps batch_size micro_batch_size save_every keep log_every eval_every".split():
+        if getattr(config, name) < 1:
+            fail(f"--{name} {getattr(config, name)} must be at least 1")
+    for name in "bow_weight bow_weight_final lr lr_final_ratio warmup_steps weight_decay seed workers".split():
+        if not 0 <= getattr(config, name) < math.inf:
+            fail(f"--{name} {getattr(config, name)} must be a finite number, at least 0")
+    if not 0 < config.mask_ratio < 1 or config.max_length < 3:
+        fail(f"--mask_ratio {config.mask_ratio} must lie between 0 and 1, --max_length {config.max_length} be at least 3")
+    if config.batch_size % config.micro_batch_size:
+        fail(f"--batch_size {config.batch_size} is not a multiple of --micro_batch_size {config.micro_batch_size}")
+    if config.parts % int(os.environ.get("WORLD_SIZE", 1)):
+        fail(f"--batch_size / --micro_batch_size = {config.parts} micro-batches a step cannot be shared evenly by "
+             f"{os.environ['WORLD_SIZE']} processes: change one of the three")
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+PACKAGES = "python torch pandas sympy numpy transformers networkx datasets huggingface_hub".split()
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
+BLOCK_TEXTS = 2048  # texts of a part that are tokenised, shuffled and sorted by length together
+SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabulary and the held-out texts
+# what libraries raise for bad input: StopIteration (in a generator RuntimeError) for an empty file, EOFError and
+# zlib.error for a truncated gzip, ValueError and TypeError for bad records, OSError for files and the network
+READ_ERRORS = (StopIteration, RuntimeError, EOFError, zlib.error, ValueError, TypeError, LookupError, OSError,
+               SafetensorError, datasets.exceptions.DatasetsError)
+
+
+@contextlib.contextmanager
+def blame(what: str, files: list[Path] = (), columns: list[str] = ()):
+    """Turn what a library raises into a UserError of one line that says `what`, or the file and line that is bad."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(find_bad_line(files, columns) or f"{what}: {reason}") from error
+
+
+def find_bad_line(files: list[Path], columns: list[str]) -> str | None:
+    """Read local text files again, line by line, to name the one that `datasets` could not use."""
+    for file in files:
+        number = 0
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+                for number, line in enumerate(lines if file_format(file) != "parquet" else [], 1):
+                    text = line.decode("utf-8-sig")
+                    if file_format(file) == "json" and text.strip():
+                        join_columns(json.loads(text), columns)
+        except (ValueError, AttributeError, EOFError, OSError, zlib.error) as error:
+            return f"--data {file}, line {number}: {error}"
+
+
+def docstrings(packages: list[str]):
+    """Yield {_id, query, text} for each docstring of packages such as "numpy==2.4.6", their tests left out.
+
+    `query` is the docstring's first paragraph, `text` the rest, `_id` the qualified name.
+    """
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for package in (package.split("==")[0].replace("python", "") for package in packages):
+        root = Path(util.find_spec(package).origin if package else os.__file__).parent
+        for path in sorted(root.rglob("*.py")):
+            parts = [package, *path.relative_to(root).with_suffix("").parts]
+            if {"site-packages", "dist-packages", "test", "tests"} & set(parts):
+                continue
+            with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings(action="ignore"):
+                stack = [(".".join(part for part in parts if part not in ("", "__init__")), ast.parse(path.read_bytes()))]
+                while stack:
+                    name, node = stack.pop()
+                    stack += [(f"{name}.{child.name}" if isinstance(child, documented) else name, child)
+                              for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+                    docstring = ast.get_docstring(node) if isinstance(node, documented) else None
+                    query, _, text = (docstring or "").partition("\n\n")
+                    if query.strip() and text.strip():
+                        yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
+
+
+def python_docs() -> datasets.Dataset:
+    """The documentation of the Python standard library and PACKAGES: columns _id, query, text; some 24,000 rows.
+
+    Repeated ids and texts, and queries that name more than one text, are left out; the order is that of a hash, so
+    shuffled once for all. Built in half a minute, then in the cache of `datasets` under a key of the versions.
+    """
+    version = {name: metadata.version(name) for name in PACKAGES[1:]} | {"python": sys.version.split()[0]}
+    raw = datasets.Dataset.from_generator(
+        docstrings, gen_kwargs={"packages": [f"{name}=={version[name]}" for name in PACKAGES]}, num_proc=2,
+        cache_dir=os.environ.get("HF_DATASETS_CACHE", "out/cache"))
+    table = raw.to_pandas().drop_duplicates("_id").drop_duplicates("text").drop_duplicates("query", keep=False)
+    table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
+    return datasets.Dataset.from_pandas(table, preserve_index=False)
+
+
+def text_hash(text: str) -> int:
+    """A number that depends on the text alone; texts where it is a multiple of 1000 are held out for evaluation."""
+    return zlib.crc32(text.encode())
+
+
+def file_format(path: Path) -> str | None:
+    """The `datasets` builder for a file of this name, if there is one."""
+    return FORMATS.get(Path(str(path).removesuffix(".gz")).suffix)
+
+
+def find_files(data: str) -> list[Path]:
+    """The local files that --data names: a file, a glob, a BEIR folder's corpus, all of a folder; none for a hub name."""
+    path = Path(data).expanduser()
+    files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    if path.is_dir():
+        files = sorted(path.glob("corpus.jsonl*")) or [file for file in sorted(path.rglob("*")) if file_format(file)]
+    if not files and (path.is_dir() or glob.has_magic(data) or data.startswith((".", "/", "~")) or file_format(path)):
+        raise UserError(f"--data {data}: no such file, or none that ends in {' '.join(FORMATS)} (or .gz after it)")
+    for file in files:
+        if not file_format(file) or file_format(file) != file_format(files[0]):
+            raise UserError(f"--data {file}: give files of one format of {' '.join(FORMATS)} (or .gz after it)")
+        if file.stat().st_size == 0:
+            raise UserError(f"--data {file}: the file is empty")
+    return files
+
+
+def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
+    """The texts of --data as a stream of Arrow tables, and the local files they come from; UserError if there are none."""
+    if config.data == "python-docs":
+        return python_docs().to_iterable_dataset().with_format("arrow"), []
+    saved = any(Path(config.data, name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    files = [] if saved else find_files(config.data)
+    with blame(f"--data {config.data}" + ("" if saved or files else ", no file here, as a hub dataset"), files):
+        if saved:
+            dataset = datasets.load_from_disk(config.data)
+            stream = (dataset["train"] if "train" in dataset else dataset).to_iterable_dataset()
+        elif files:  # a cell of a csv is a text, even "1" or "NA"
+            options = {"dtype": str, "keep_default_na": False} if file_format(files[0]) == "csv" else {}
+            stream = datasets.load_dataset(file_format(files[0]), data_files=[str(file) for file in files],
+                                           split="train", streaming=True, **options)
+        else:
+            name, subset, split = (config.data.split(":") + ["", ""])[:3]
+            stream = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+        columns = stream.column_names or list(next(iter(stream)))
+    for column in config.text_columns:
+        if column not in columns:
+            raise UserError(f"--text_columns: {config.data} has no column {column!r}, but {' '.join(map(repr, columns))}")
+    return stream.with_format("arrow"), files
+
+
+def read_blocks(stream: datasets.IterableDataset, files: list[Path], config: Config):
+    """Yield lists of BLOCK_TEXTS texts; a record without one raises UserError with its file and line."""
+    with blame(f"--data {config.data}", files, config.text_columns):
+        for table in stream.iter(batch_size=BLOCK_TEXTS):
+            columns = [column for column in config.text_columns if column in table.column_names]
+            if any("extension" in str(table.schema.field(column).type) for column in columns):
+                raise ValueError("a text column holds other things than text")
+            yield [join_columns(record, config.text_columns) for record in table.select(columns).to_pylist()]
+
+
+def join_columns(record: dict, columns: list[str]) -> str:
+    """The text of a record: its columns joined by a space. Some may be null or missing, not all; else ValueError."""
+    values = [record.get(column) for column in columns]
+    for column, value in zip(columns, values):
+        if not isinstance(value, str | None) or values == [None] * len(values):
+            raise ValueError(f"column {column!r} is {json.dumps(value)[:50]} where a text must be")
+    return " ".join(value for value in values if value).strip()
+
+
+def held_out_batches(config: Config, tokenizer, tables: tuple) -> list[dict]:
+    """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
+    blocks = islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS)
+    texts = [text for block in blocks for text in block if text_hash(text) % 1000 == 0]
+    windows = sorted(cut_windows(texts, tokenizer, config.max_length)[:1024], key=len)
+    return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i) for i in range(0, len(windows), 64)]
+
+
+class PretrainingStream(torch.utils.data.IterableDataset):
+    """The micro-batches of some parts of the data, in turn, without end.
+
+    What a part yields depends on (data, seed, step) alone, not on the process that reads it. Each batch carries the
+    position from which its part goes on. A UserError is yielded, so that it comes out of a loader process unchanged.
+    """
+
+    def __init__(self, config: Config, tokenizer, parts: list[int], positions: dict[int, tuple], step: int):
+        self.config, self.tokenizer = config, tokenizer
+        self.parts, self.positions, self.step = parts, positions, step
+        self.tables = special_table(tokenizer, len(tokenizer)), word_table(tokenizer)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        readers = [self.read_part(part) for part in (self.parts[worker.id :: worker.num_workers] if worker else self.parts)]
+        try:
+            while True:
+                for reader in readers:
+                    yield next(reader)
+        except UserError as error:
+            yield error
+
+    def read_part(self, part: int):
+        """Yield a part's batches from its position: epoch, block, batches done in it, `datasets` state at its start."""
+        config, step = self.config, self.step
+        epoch, block, done, state = self.positions.get(part, (0, 0, 0, None))
+        source, files = open_stream(config)
+        while True:
+            # a new object for each epoch, since load_state_dict sticks to it
+            stream = split_dataset_by_node(source, rank=part, world_size=config.parts)
+            stream.set_epoch(epoch)
+            if state:
+                stream.load_state_dict(state)
+            first_block, first_step = block, step
+            for block, texts in enumerate(read_blocks(stream, files, config), first_block):
+                batches = self.cut_block(texts, np.random.default_rng([config.seed, epoch, block]))
+                start = step - done
+                for index in range(len(batches)):
+                    # one draw for all parts of a step: they meet alike lengths, and no process waits for another
+                    draw = np.random.default_rng([config.seed, start + index]).random()
+                    windows = batches.pop(int(draw * len(batches)))
+                    if index >= done:
+                        batch = collate(windows, self.tokenizer, self.tables, config.mask_ratio, seed_of(config.seed, step, part))
+                        yield batch | {"part": part, "position": (epoch, block, index + 1, state)}
+                        step += 1
+                state, done = stream.state_dict(), 0
+            if first_block == 0 and step == first_step:
+                raise UserError(f"--data {config.data} is too small for the {config.parts} parts of --batch_size / "
+                                f"--micro_batch_size: one of them has no text; lower the first or raise the second")
+            epoch, block, state = epoch + 1, 0, None
+
+    def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
+        """Cut a block's training texts into windows, permuted, sorted by length, in nearly equal micro-batches."""
+        texts = [text for text in texts if text_hash(text) % 1000]
+        windows = cut_windows(texts, self.tokenizer, self.config.max_length)
+        windows = sorted((windows[i] for i in rng.permutation(len(windows))), key=len)
+        count = math.ceil(len(windows) / self.config.micro_batch_size)
+        return [windows[len(windows) * i // count : len(windows) * (i + 1) // count] for i in range(count)]
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, such as (seed, step, part)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]:
+    """Token ids of all windows of the texts: [CLS], 1 to max_length - 2 tokens, [SEP]."""
+    windows = tokenizer(texts, truncation=True, max_length=max_length, return_overflowing_tokens=True,
+                        return_attention_mask=False, return_token_type_ids=False)["input_ids"] if texts else []
+    return [window for window in windows if len(window) > 2]
+
+
+def collate(windows: list[list[int]], tokenizer, tables: tuple, mask_ratio: float, seed: int) -> dict:
+    """A micro-batch of B windows, padded to the longest, L, and masked.
+
+    Returns input_ids (B, L), masked_ids (B, L), attention_mask (B, L) or None if nothing is padded, chosen (M,) and
+    visible (N,): where in the flattened (B·L) the masked and the not special tokens stand, and the terms of each loss.
+    """
+    lengths = torch.tensor([len(window) for window in windows])
+    longest = int(lengths.max())
+    input_ids = torch.tensor([window + [tokenizer.pad_token_id] * (longest - len(window)) for window in windows])
+    generator = torch.Generator().manual_seed(seed)
+    masked_ids, chosen = whole_word_mask(input_ids, *tables, tokenizer.mask_token_id, mask_ratio, generator)
+    chosen, visible = (where.flatten().nonzero()[:, 0] for where in (chosen, ~tables[0][input_ids]))
+    return {
+        "input_ids": input_ids, "masked_ids": masked_ids, "chosen": chosen, "visible": visible,
+        "attention_mask": None if lengths.min() == longest else (torch.arange(longest) < lengths[:, None]).long(),
+        "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)},
+        "tokens": int(lengths.sum()),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- masking
+
+
+def special_table(tokenizer, vocab_size: int) -> torch.Tensor:
+    """(V,) bool: the ids that are no words: the tokenizer's special tokens, and ids beyond its vocabulary."""
+    special = torch.arange(vocab_size) >= len(tokenizer)
+    special[tokenizer.all_special_ids] = True
+    return special
+
+
+def word_table(tokenizer) -> torch.Tensor:
+    """(2, V): what each token joins to its left and to its right; it continues a word if its left is the other's right.
+
+    WordPiece marks a continuation by `##`, SentencePiece the start of a word by `▁`. Byte-level BPE marks a space by
+    `Ġ` and besides splits, as its pre-tokenizer does, between letters (1), digits (2), white space (3), others (4).
+    """
+
+    def kind(character):
+        letter = character.isalpha() or character == "\ufffd"  # the second is a byte of a longer character
+        return 1 if letter else 2 if character.isnumeric() else 3 if character.isspace() else 4
+
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    wordpiece = type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
+    byte_level = not wordpiece and any(token.startswith("Ġ") for token in tokens)
+    table = torch.ones(2, len(tokens), dtype=torch.int8)
+    for i, token in enumerate(tokens):
+        text = tokenizer.convert_tokens_to_string([token]) or " " if byte_level else token
+        starts = not token.startswith("##") if wordpiece else token.startswith(("▁", "Ġ"))
+        table[:, i] = torch.tensor([kind(text[0]), kind(text[-1])]) if byte_level else 1
+        table[0, i] *= not starts
+    table[:, tokenizer.all_special_ids] = 0
+    return table
+
+
+def whole_word_mask(input_ids, special, joins, mask_token_id: int, mask_ratio: float, generator=None):
+    """Mask a share of the words of each sequence, all pieces of a word together (paper §3.1).
+
+    Of the chosen tokens 80 % become [MASK], 10 % a random token that is not special, 10 % stay.
+    input_ids (B, L) long, special (V,) bool, joins (2, V) from `word_table`. Returns masked_ids (B, L) and chosen
+    (B, L) bool. At least one word of a sequence is chosen, special tokens never.
+    """
+    is_special = special[input_ids]                                                        # (B, L)
+    left, right = joins[0][input_ids[:, 1:]], joins[1][input_ids[:, :-1]]                  # (B, L-1)
+    starts = F.pad((left != right) | (left == 0), (1, 0), value=True)                      # (B, L)
+    word = starts.long().cumsum(1) - 1                                                     # (B, L) the word of a token
+    is_word = torch.zeros_like(is_special).scatter_(1, word, ~is_special)                  # (B, W), W = L
+    count = (mask_ratio * is_word.sum(1, keepdim=True)).round().clamp(min=1)
+    draw = torch.rand(input_ids.shape, generator=generator).masked_fill(~is_word, 2)       # (B, W)
+    chosen_word = (draw.argsort(1).argsort(1) < count) & is_word                           # the `count` least draws
+    chosen = chosen_word.gather(1, word)                                                   # (B, L)
+
+    draw = torch.rand(input_ids.shape, generator=generator)
+    words = (~special).nonzero()[:, 0]
+    random_ids = words[torch.randint(len(words), input_ids.shape, generator=generator)]
+    masked_ids = torch.where(chosen & (draw < 0.8), mask_token_id, input_ids)
+    return torch.where(chosen & (draw >= 0.9), random_ids, masked_ids), chosen
+
+
+# ------------------------------------------------------------------------------------------- losses and model
+
+
+def bag_of_words(input_ids, special):
+    """The set T of each sequence's tokens that are not special, as (B, V) bool from input_ids (B, L)."""
+    bag = torch.zeros(len(input_ids), len(special), dtype=torch.bool, device=input_ids.device)
+    return bag.scatter_(1, input_ids, True) & ~special
+
+
+def bow_loss(cls_logits, input_ids, special):
+    """L_bow (paper §3.2): the mean over sequences of -1/|T| Σ_{t in T} log softmax(f(h_CLS))_t.
+
+    cls_logits (B, V), input_ids (B, L) of the unmasked text, special (V,) bool. Returns a scalar in float32; a
+    sequence of special tokens alone counts 0.
+    """
+    bag, logits = bag_of_words(input_ids, special), cls_logits.float()                     # (B, V)
+    size = bag.sum(1)                                                                      # (B,) |T|
+    mean_logit = (logits * bag).sum(1) / size.clamp(min=1)
+    return ((logits.logsumexp(1) - mean_logit) * (size > 0)).mean()
+
+
+def term_coverage(cls_logits, input_ids, special):
+    """The share of each text's |T| terms among the |T| highest logits of its [CLS] vector, (B,); 0 without terms.
+
+    cls_logits (B, V) and input_ids (B, L) of the unmasked text, special (V,) bool.
+    """
+    bag = bag_of_words(input_ids, special)                                                 # (B, V)
+    size = bag.sum(1, keepdim=True)                                                        # (B, 1)
+    top = cls_logits.topk(max(int(size.max()), 1), dim=1).indices                          # (B, K)
+    hits = bag.gather(1, top) & (torch.arange(top.shape[1], device=top.device) < size)
+    return hits.sum(1) / size[:, 0].clamp(min=1)
+
+
+def mlm_head(lm, hidden):
+    """f: the checkpoint's own masked-LM head, on any rows of hidden states: (..., D) to (..., V)."""
+    if hasattr(lm, "cls"):  # BERT
+        return lm.cls(hidden)
+    if hasattr(lm, "lm_head"):  # RoBERTa, XLM-R
+        return lm.lm_head(hidden)
+    if hasattr(lm, "vocab_projector"):  # DistilBERT
+        return lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden))))
+    if hasattr(lm, "head") and hasattr(lm, "decoder"):  # ModernBERT
+        return lm.decoder(lm.head(hidden))
+    raise UserError(f"--model: the head of {type(lm).__name__} is not one of BERT, RoBERTa, XLM-R, DistilBERT, ModernBERT")
+
+
+class EnhancedDecoder(nn.Module):
+    """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline; its positions are its own, for any encoder.
+
+    The queries are h_CLS + positions, the keys and values h_CLS and the embeddings of the unmasked tokens + positions.
+    """
+
+    def __init__(self, width: int, heads: int, max_length: int):
+        super().__init__()
+        self.heads = heads
+        self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm_query, self.norm_memory, self.norm_attention, self.norm = (nn.LayerNorm(width) for _ in range(4))
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, cls, token_embeddings, attention_mask):
+        """cls (B, D), token_embeddings (B, L, D), attention_mask (B, L) or None; returns (B, L, D)."""
+        positions = self.positions[: token_embeddings.shape[1]]                            # (L, D)
+        queries = self.norm_query(cls[:, None] + positions)                                # (B, L, D)
+        memory = self.norm_memory(torch.cat([cls[:, None], token_embeddings[:, 1:]], 1) + positions)
+        view = random_view(*token_embeddings.shape[:2], cls.device)                        # (B, L, L)
+        if attention_mask is not None:
+            view &= attention_mask[:, None].bool()
+        q, k, v = (layer(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, H, L, D/H)
+                   for layer, rows in ((self.query, queries), (self.key, memory), (self.value, memory)))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=view[:, None])
+        hidden = self.norm_attention(queries + self.out(attended.transpose(1, 2).flatten(2)))
+        return self.norm(hidden + self.feed_forward(hidden))
+
+
+def random_view(batch: int, length: int, device):
+    """The position-specific mask (B, L, L): token i sees position 0 and a random half of the others, never itself.
+
+    One vectorised draw on the device; the original draws it by loops in Python, where most of its time goes.
+    """
+    view = torch.rand(batch, length, length, device=device) < 0.5
+    view &= ~torch.eye(length, dtype=torch.bool, device=device)
+    view[:, :, 0] = True
+    return view
+
+
+class BowMAE(nn.Module):
+    """A masked LM with the losses of an objective: `bow` adds no parameter, `enhanced` a decoder that is not kept."""
+
+    def __init__(self, lm, config: Config, special):
+        super().__init__()
+        self.lm, self.objective = lm, config.objective
+        self.register_buffer("special", special, persistent=False)
+        if config.objective == "enhanced":
+            self.decoder = EnhancedDecoder(lm.config.hidden_size, lm.config.num_attention_heads, config.max_length)
+
+    def encode(self, input_ids, attention_mask):
+        """The last hidden states h, (B, L, D), of input_ids (B, L)."""
+        return self.lm.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def coverage(self, batch: dict):
+        """Term coverage of each text of a micro-batch, (B,), from the [CLS] vector of the unmasked text."""
+        batch = self.to_device(batch)
+        cls = self.encode(batch["input_ids"], batch["attention_mask"])[:, 0]               # (B, D)
+        return term_coverage(mlm_head(self.lm, cls), batch["input_ids"], self.special)
+
+    def to_device(self, batch: dict) -> dict:
+        """The micro-batch with its tensors where the model is."""
+        return {name: value.to(self.special.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()}
+
+    def forward(self, batch: dict, objective: str | None = None) -> dict:
+        """The mean of each loss over a micro-batch of `collate`, by name; logits only where a loss needs them."""
+        batch, objective = self.to_device(batch), objective or self.objective
+        input_ids, chosen, visible = batch["input_ids"], batch["chosen"], batch["visible"]
+        hidden = self.encode(batch["masked_ids"], batch["attention_mask"])                 # (B, L, D)
+        rows = [hidden.flatten(0, 1)[chosen]]                                              # (M, D)
+        if objective == "bow":
+            rows.append(hidden[:, 0])                                                      # (B, D)
+        elif objective == "enhanced":
+            embeddings = self.lm.get_input_embeddings()(input_ids)                         # (B, L, D)
+            decoded = self.decoder(hidden[:, 0], embeddings, batch["attention_mask"])      # (B, L, D)
+            rows.append(decoded.flatten(0, 1)[visible])                                    # (N, D)
+        logits = mlm_head(self.lm, torch.cat(rows)).float().split([len(group) for group in rows])
+        losses = {"mlm_loss": F.cross_entropy(logits[0], input_ids.flatten()[chosen])}
+        if objective == "bow":
+            losses["bow_loss"] = bow_loss(logits[1], input_ids, self.special)
+        elif objective == "enhanced":
+            losses["enhanced_loss"] = F.cross_entropy(logits[1], input_ids.flatten()[visible])
+        return losses
+
+
+# layers, width and vocabulary of a fresh BERT
+FRESH = {"tiny": (2, 128, 4096), "mini": (4, 256, 8192), "small": (4, 512, 16384), "medium": (8, 512, 30522),
+         "base": (12, 768, 30522)}
+
+
+def learn_tokenizer(config: Config):
+    """An uncased WordPiece tokenizer, with a vocabulary of the first training texts; the same at every call."""
+    def texts():
+        for block in islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS):
+            yield from (text for text in block if text_hash(text) % 1000)
+
+    size, positions = FRESH[config.model][2], max(512, config.max_length)
+    tokenizer, characters = BertTokenizer(), Counter()
+    backend = tokenizer.backend_tokenizer
+    for text in texts():
+        characters.update(backend.normalizer.normalize_str(text))
+    common = sorted(characters, key=lambda character: (-characters[character], character))[: size // 8]
+    alphabet = [character for character in common if not character.isspace()]
+    # the trainer numbers unseen characters in the order of a random hash, so the vocabulary would change from run to
+    # run; it is a function of the texts once all characters, and their continuations, are given
+    backend.train_from_iterator(texts(), WordPieceTrainer(
+        vocab_size=size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False,
+        special_tokens=list(tokenizer.get_vocab()) + ["##" + character for character in alphabet]))
+    return BertTokenizer(vocab=backend.get_vocab(), model_max_length=positions)
+
+
+def load_tokenizer(config: Config, source: str | None):
+    """The tokenizer of a checkpoint or of --model, learnt for a fresh one; raises UserError if it cannot serve."""
+    if source is None:
+        return learn_tokenizer(config)
+    with blame(f"--model {source}: no such model, or no tokenizer in it"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.is_fast or tokenizer.mask_token is None or tokenizer.pad_token is None:
+        raise UserError(f"--model {source}: its tokenizer must be a fast one with a mask token and a padding token")
+    if tokenizer.cls_token_id is None or tokenizer("a").input_ids[0] != tokenizer.cls_token_id:
+        raise UserError(f"--model {source}: its tokenizer puts no [CLS] first, so there is no vector to train")
+    return tokenizer
+
+
+def load_lm(config: Config, source: str | None, tokenizer):
+    """The masked LM of a checkpoint or of --model, or a fresh BERT; raises UserError if it cannot serve."""
+    torch.manual_seed(config.seed)
+    if source is None:
+        layers, width, _ = FRESH[config.model]
+        # a standard deviation of 0.05 learns the bag several times faster than the usual 0.02
+        lm = BertForMaskedLM(BertConfig(
+            vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+            intermediate_size=4 * width, max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id))
+    else:
+        with blame(f"--model {source} is no masked LM"):
+            lm, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"] or len(tokenizer) > lm.config.vocab_size:
+            raise UserError(f"--model {source} has no masked-LM head for its tokenizer: {min(report['missing_keys'])} is missing")
+    mlm_head(lm, torch.zeros(1, lm.config.hidden_size))
+    # RoBERTa counts positions from the padding id on
+    positions = lm.config.max_position_embeddings - 1 - getattr(getattr(lm.base_model, "embeddings", None), "padding_idx", -1)
+    if config.max_length > positions:
+        raise UserError(f"--max_length {config.max_length} is above the {positions} positions of --model {config.model}")
+    return lm
+
+
+# -------------------------------------------------------------------------------------------------- schedules
+
+
+def cosine(first: float, last: float, progress: float) -> float:
+    """From first at progress 0 to last at progress 1, along half a cosine."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
+
+
+def schedule(config: Config, step: int) -> tuple[float, float]:
+    """The learning rate (linear warm-up, then a cosine) and λ (a cosine) at a step, 1 to steps; they know no more."""
+    rise = min(step / max(config.warmup_steps, 1), 1)
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return (rise * cosine(config.lr, config.lr * config.lr_final_ratio, progress),
+            cosine(config.bow_weight, config.bow_weight_final, step / config.steps))
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def process_group():
+    """Join the processes of torchrun, or be a group of one; yields the device. CPU tensors always travel by gloo."""
+    device, backend = torch.accelerator.current_accelerator() or torch.device("cpu"), "gloo"
+    if device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.accelerator.set_device_index(device.index)
+    dist.init_process_group(
+        backend, **({} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}))
+    try:
+        yield device
+        dist.destroy_process_group()
+    finally:  # an error holds the loaders' iterator, and they leave signals to us: end them by hand
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def agree(error: Exception | None = None, numbers=()) -> list[float]:
+    """The sums of numbers over all processes. Where one met an error, its message is shown once and all exit with 2."""
+    mine = torch.tensor([error is not None, *numbers], dtype=torch.float64)
+    rows = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    failed = [rank for rank, row in enumerate(rows) if row[0]]
+    if failed:
+        if dist.get_rank() == failed[0]:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        dist.all_reduce(mine)  # wait until the message is out: at the first exit torchrun ends the other processes
+        sys.exit(2)
+    return sum(rows)[1:].tolist()
+
+
+def together(function, *args):
+    """function(*args) on every process; a UserError on one of them ends all."""
+    result = error = None
+    try:
+        result = function(*args)
+    except UserError as caught:
+        error = caught
+    agree(error)
+    return result
+
+
+def on_first(function, *args):
+    """function(*args) on the first process alone, its result on all; a UserError ends all."""
+    result = [together(function if dist.get_rank() == 0 else lambda *_: None, *args)]
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def write_json(path: Path, content) -> None:
+    """Write a JSON file whole or not at all."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".tmp").replace(path)
+
+
+def save_model(folder: Path, lm, tokenizer, config: Config) -> None:
+    """Save what AutoModelForMaskedLM, AutoTokenizer and SentenceTransformer ([CLS] vectors, dot product) open."""
+    (folder / "1_Pooling").mkdir(parents=True)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pooler = {} if lm.config.model_type in ("distilbert", "modernbert") else {"add_pooling_layer": False}
+    for name, content in {
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                         for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])],
+        "1_Pooling/config.json": {"word_embedding_dimension": lm.config.hidden_size, "pooling_mode_cls_token": True},
+        "sentence_bert_config.json": {"max_seq_length": config.max_length, "do_lower_case": False, "model_args": pooler},
+        "config_sentence_transformers.json": {"similarity_fn_name": "dot"},
+    }.items():
+        write_json(folder / name, content)
+
+
+def save_checkpoint(config: Config, step: int, lm, tokenizer, state: dict) -> None:
+    """Write output/checkpoint-STEP whole or not at all; after that drop all but the newest --keep."""
+    folder, target = Path(config.output, ".saving"), Path(config.output, f"checkpoint-{step}")
+    shutil.rmtree(folder, ignore_errors=True)
+    with blame(f"--output: {target} could not be written; mend that, and the same command goes on from the one before"):
+        save_model(folder, lm, tokenizer, config)
+        torch.save(state, folder / "training_state.pt")
+        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+        write_json(folder / "trainer_state.json", {"global_step": step, "config": asdict(config), "files": sizes})
+        os.sync()
+        shutil.rmtree(target, ignore_errors=True)  # a torn one of this step, which was passed over
+        folder.rename(target)
+    for old in list_checkpoints(config.output)[config.keep :]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def list_checkpoints(output: str) -> list[Path]:
+    """The folders checkpoint-STEP, newest first."""
+    return sorted(Path(output).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The trainer_state.json of a checkpoint; None where a file is missing or has not the size it was written with."""
+    try:
+        manifest = json.loads((folder / "trainer_state.json").read_text())
+        return manifest if all((folder / name).stat().st_size == size for name, size in manifest["files"].items()) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def prepare_output(config: Config) -> str | None:
+    """Make sure that --output can be written and is this run's; returns the checkpoint to go on from, if any."""
+    def check_same(earlier, where):
+        for name, value in asdict(config).items():
+            if name not in FREE_FLAGS and earlier[name] != value:
+                raise UserError(f"{where} holds a run with --{name} {earlier[name]}, not {value}: give that, or another --output")
+
+    output, run = Path(config.output), Path(config.output, "run.json")
+    with blame(f"--output {output} cannot be used"):
+        output.mkdir(parents=True, exist_ok=True)
+        if run.exists():
+            if config.resume == "never":
+                raise UserError(f"--output {output} holds a run already: give another, or --resume auto")
+            check_same(json.loads(run.read_text())["config"], output)
+        elif any(output.iterdir()):
+            raise UserError(f"--output {output} is not empty and holds no run of this script: give another")
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+        versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
+        write_json(run, {"config": asdict(config), "versions": versions | {"python": sys.version.split()[0]},
+                         "git_commit": git.stdout.strip() or None, "world_size": dist.get_world_size(), "argv": sys.argv,
+                         "device": str(torch.accelerator.current_accelerator() or "cpu")})
+    for folder in list_checkpoints(config.output) if config.resume == "auto" else []:
+        if read_manifest(folder):
+            return str(folder)
+        print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
+    if config.resume in ("auto", "never"):
+        return None
+    manifest = read_manifest(Path(config.resume))
+    if manifest is None:
+        raise UserError(f"--resume {config.resume} is no whole checkpoint folder")
+    check_same(manifest["config"], config.resume)
+    if list_checkpoints(config.output)[:1] and list_checkpoints(config.output)[0].resolve() != Path(config.resume).resolve():
+        raise UserError(f"--output {output} holds other checkpoints than --resume {config.resume}: give another --output")
+    return config.resume
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(model: BowMAE, batches: list[dict]) -> dict:
+    """Masked-LM loss (a mean over tokens), bag-of-word loss and term coverage (over windows) on held-out texts."""
+    model.eval()
+    sums, counts = Counter(), Counter()
+    for batch in batches:
+        values = model(batch, "bow") | {"term_coverage": model.coverage(batch).mean()}
+        for name, value in values.items():
+            terms = batch["terms"]["mlm_loss" if name == "mlm_loss" else "bow_loss"]
+            sums[f"eval_{name}"] += value.item() * terms
+            counts[f"eval_{name}"] += terms
+    model.train()
+    return {name: sums[name] / counts[name] for name in sums}
+
+
+class MetricsLog:
+    """metrics.jsonl and the progress bar of the first process; every process checks that its losses are finite."""
+
+    def __init__(self, config: Config, step: int, device):
+        self.config, self.device, self.path, self.records = config, device, Path(config.output, "metrics.jsonl"), []
+        self.pending, self.sizes, self.first = [], np.zeros(4), dist.get_rank() == 0
+        if self.first:
+            for line in self.path.read_text().splitlines() if self.path.exists() else []:
+                with contextlib.suppress(ValueError):  # a killed run may have torn its last line
+                    self.records += [record for record in [json.loads(line)] if record["step"] <= step]
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=not self.first)
+
+    def write(self, record: dict) -> None:
+        """Append a line; a loss keeps all its digits, and what is no number (a norm that overflowed) is null."""
+        self.records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
+        if self.first:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.records[-1]) + "\n")
+
+    def add(self, step: int, values, *sizes: float) -> None:
+        """Note a step's losses and norm, still on the device, and its tokens, positions, seconds, seconds of waiting."""
+        self.pending.append((step, values))
+        self.sizes += sizes
+        self.bar.update()
+
+    def flush(self) -> None:
+        """Read the losses since the last call: raises UserError at the first that is not finite, else logs the last."""
+        for step, values in self.pending:
+            loss, *losses, grad_norm = values.tolist()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step}; the last checkpoint is whole: lower --lr, or set "
+                                f"--precision fp32")
+        second = "enhanced_loss" if self.config.objective == "enhanced" else "bow_loss"
+        tokens, positions, seconds, waited = self.sizes
+        lr, weight = schedule(self.config, step)
+        memory = (torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda"
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        record = {"step": step, "loss": loss, **dict(zip(("mlm_loss", second), losses)), "bow_weight": weight, "lr": lr,
+                  "grad_norm": grad_norm, "tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / positions,
+                  "data_wait_share": waited / seconds, "peak_memory_mb": memory}
+        self.write(record)
+        self.bar.set_postfix({name: f"{record[name]:.3f}" for name in ("mlm_loss", second) if name in record}
+                             | {"tokens/s": f"{tokens / seconds:,.0f}"})
+        self.pending, self.sizes = [], np.zeros(4)
+
+
+# ---------------------------------------------------------------------------------------------- training loop
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type of --precision for autocast, None for fp32; `auto` is bf16 on devices that compute in it."""
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if native else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
+def train_step(ddp, optimizer, scaler, batches: list[dict], terms: dict, step: int, config: Config, device):
+    """One optimizer step on this process's micro-batches; terms are the step's counts over all processes.
+
+    Returns on the device the loss of the whole step, its parts in the order of `forward`, and the gradient's norm.
+    """
+    lr, weight = schedule(config, step)
+    dtype, total = autocast_dtype(config.precision, device), 0.0
+    for i, batch in enumerate(batches):
+        torch.manual_seed(seed_of(config.seed, step, batch["part"]))
+        with ddp.no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                losses = ddp(batch)
+            # means over the whole step: each micro-batch counts by its share of the terms; DDP divides by the processes
+            shares = {name: loss * (batch["terms"][name] / terms[name]) for name, loss in losses.items()}
+            loss = sum(share * (weight if name == "bow_loss" else 1.0) for name, share in shares.items())
+            scaler.scale(loss * dist.get_world_size()).backward()
+        total = total + torch.stack([loss, *shares.values()]).detach()
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    dist.all_reduce(total)
+    return torch.cat([total, grad_norm[None]])
+
+
+def make_optimizer(model: BowMAE, config: Config, device):
+    """AdamW that decays matrices alone (β₂ of RoBERTa), and the loss scaler that fp16 needs."""
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix],
+               "weight_decay": config.weight_decay * matrix} for matrix in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
+    return optimizer, torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+
+
+def train(config: Config, device: torch.device) -> None:
+    """Pre-train to --steps, from the newest checkpoint in --output or from the start; the model is left in --output."""
+    rank, share = dist.get_rank(), config.parts // dist.get_world_size()
+    checkpoint = on_first(prepare_output, config)
+    source = checkpoint or (None if config.model in FRESH else config.model)
+    tokenizer = on_first(load_tokenizer, config, source)
+    lm = together(load_lm, config, source, tokenizer)
+    model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device)
+    optimizer, scaler = make_optimizer(model, config, device)
+    step, positions = restore(checkpoint, model, optimizer, scaler) if checkpoint else (0, {})
+    ddp = DistributedDataParallel(torch.compile(model) if config.compile else model, gradient_as_bucket_view=True)
+    stream = PretrainingStream(config, tokenizer, range(rank * share, (rank + 1) * share), positions, step + 1)
+    held_out = on_first(held_out_batches, config, tokenizer, stream.tables)
+    loader = iter(torch.utils.data.DataLoader(
+        stream, batch_size=None, num_workers=math.gcd(config.workers, share), pin_memory=device.type == "cuda",
+        worker_init_fn=quiet_worker))
+
+    def save():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, positions)
+        state = {"step": step, "positions": {part: at for some in everyone for part, at in some.items()},
+                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                 "decoder": model.decoder.state_dict() if config.objective == "enhanced" else {}}
+        on_first(save_checkpoint, config, step, lm, tokenizer, state)
+
+    log, stops, leaving = MetricsLog(config, step, device), [], False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stops.append(number))
+    if rank == 0:
+        print(describe(config, model, device), flush=True)
+        if not any("eval_mlm_loss" in record for record in log.records):
+            log.write({"step": step} | evaluate(model, held_out))
+    while step < config.steps and not leaving:
+        step, began = step + 1, time.perf_counter()
+        batches = list(islice(loader, share))
+        waited = time.perf_counter() - began
+        error = next((item for item in batches if isinstance(item, UserError)), None)
+        batches = [] if error else batches
+        leaving, tokens, places, *terms = agree(error, [
+            len(stops), sum(batch["tokens"] for batch in batches), sum(batch["input_ids"].numel() for batch in batches),
+            *(sum(batch["terms"][name] for batch in batches) for name in LOSSES)])
+        values = train_step(ddp, optimizer, scaler, batches, dict(zip(LOSSES, terms)), step, config, device)
+        positions |= {batch["part"]: batch["position"] for batch in batches}
+        log.add(step, values, tokens, places, time.perf_counter() - began, waited)
+        saves = leaving or step == config.steps or step % config.save_every == 0
+        if saves or step % config.log_every == 0:
+            together(log.flush)
+        if rank == 0 and (step == config.steps or step % config.eval_every == 0):
+            log.write({"step": step} | evaluate(model, held_out))
+        if saves:
+            save()
+    log.bar.close()
+    if leaving and step < config.steps:
+        if rank == 0:
+            print(f"stopped by a signal after step {step}: saved; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    on_first(finish, config, lm, tokenizer, log)
+
+
+def restore(folder: str, model: BowMAE, optimizer, scaler) -> tuple[int, dict]:
+    """Load what a checkpoint holds beside the model; returns its step and the position of each part."""
+    state = torch.load(Path(folder, "training_state.pt"), map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    if state["decoder"]:
+        model.decoder.load_state_dict(state["decoder"])
+    return state["step"], state["positions"]
+
+
+def quiet_worker(_) -> None:
+    """Leave signals to the training process, which ends its loaders itself, and its one core to the tokenizer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def describe(config: Config, model: BowMAE, device) -> str:
+    """The line at the start of a run."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    precision = str(autocast_dtype(config.precision, device) or torch.float32).removeprefix("torch.")
+    return (f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = {config.parts} "
+            f"micro-batches of {config.micro_batch_size} on {dist.get_world_size()} processes | {config.steps} steps of up to "
+            f"{config.batch_size * config.max_length:,} tokens | {device} {precision}")
+
+
+def finish(config: Config, lm, tokenizer, log: MetricsLog) -> None:
+    """Put the model into --output and print what the run changed on the held-out texts."""
+    folder, output = Path(config.output, ".saving"), Path(config.output)
+    shutil.rmtree(folder, ignore_errors=True)
+    with blame(f"--output {output}: the model could not be written; mend that, and the same command writes it"):
+        save_model(folder, lm, tokenizer, config)
+        (output / "1_Pooling").mkdir(exist_ok=True)
+        for file in [path for path in folder.rglob("*") if path.is_file()]:
+            file.replace(output / file.relative_to(folder))
+        shutil.rmtree(folder)
+    evaluations = [record for record in log.records if "eval_mlm_loss" in record]
+    print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
+    for name in ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"):
+        print(f"{name[5:]:<16}{evaluations[0][name]:>10.4f}{evaluations[-1][name]:>10.4f}")
+    print(f"model saved in {output}")
+
+
+LOSSES = ("mlm_loss", "bow_loss", "enhanced_loss")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Pre-train with the flags of a command line; exits with 2 and one line on an error that the user can mend."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    with process_group() as device:
+        train(together(parse_config, argv), device)
+
+
+if __name__ == "__main__":
+    main()
