@@ -2,16 +2,14 @@
 """BoW-MAE: pre-training for dense retrieval by bag-of-word prediction, with no decoder (SIGIR 2024, arXiv 2401.11248).
 
 A masked language model whose [CLS] vector must also predict, through the model's own masked-LM head, the set of words
-of its input. No parameter is added. This file stands alone when copied; it needs torch, transformers, datasets and
-numpy. It reads in the paper's order: configuration, data, masking, losses and model, schedules, processes,
-checkpoints, evaluation, training loop.
+of its input. No parameter is added. This file stands alone when copied; it needs torch, transformers, datasets, numpy.
 
 A small BERT from scratch on the documentation of the installed Python packages, on CPU or GPU, without network:
     torchrun bow_mae.py
 The paper's first stage on 8 GPUs (any number of processes, or --nnodes, gives the same batches and the same losses):
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data wikimedia/wikipedia:20231101.en \
         --max_length 512 --steps 140000 --batch_size 2048 --micro_batch_size 64 --lr 3e-4 --warmup_steps 4000 \
-        --workers 4 --output out/wikipedia
+        --bow_weight 1 --bow_weight_final 0.1 --workers 4 --output out/wikipedia
 A run that was stopped or killed goes on where it was when the same command is given again.
 """
 
@@ -63,7 +61,7 @@ class Config:
     text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space into a text")
     model: str = HfArg(default="tiny", help="a masked LM (hub name or folder), or a fresh tiny|mini|small|medium|base")
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's loss, or a baseline's")
-    max_length: int = HfArg(default=64, help="tokens in a window, [CLS] and [SEP] included")
+    max_length: int = HfArg(default=48, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
     bow_weight: float = HfArg(default=1.0, help="weight λ of the bag-of-word loss at the first step")
     bow_weight_final: float = HfArg(default=0.1, help="λ at the last step, reached by a cosine")
@@ -107,14 +105,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
-    for name in "steps batch_size micro_batch_size save_every keep log_every eval_every".split():
-        if getattr(config, name) < 1:
-            fail(f"--{name} {getattr(config, name)} must be at least 1")
-    for name in "bow_weight bow_weight_final lr lr_final_ratio warmup_steps weight_decay seed workers".split():
-        if not 0 <= getattr(config, name) < math.inf:
-            fail(f"--{name} {getattr(config, name)} must be a finite number, at least 0")
-    if not 0 < config.mask_ratio < 1 or config.max_length < 3:
-        fail(f"--mask_ratio {config.mask_ratio} must lie between 0 and 1, --max_length {config.max_length} be at least 3")
+    least = {"max_length": 3} | dict.fromkeys(("lr", "lr_final_ratio", "bow_weight", "bow_weight_final", "warmup_steps",
+                                               "weight_decay", "mask_ratio", "seed", "workers", "compile"), 0)
+    for name, value in asdict(config).items():
+        if isinstance(value, int | float) and not least.get(name, 1) <= value < math.inf:
+            fail(f"--{name} {value} must be a finite number, at least {least.get(name, 1)}")
+    if not 0 < config.mask_ratio < 1:
+        fail(f"--mask_ratio {config.mask_ratio} must lie between 0 and 1")
     if config.batch_size % config.micro_batch_size:
         fail(f"--batch_size {config.batch_size} is not a multiple of --micro_batch_size {config.micro_batch_size}")
     if config.parts % int(os.environ.get("WORLD_SIZE", 1)):
@@ -123,7 +120,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return config
 
 
-# ------------------------------------------------------------------------------------------------------- data
+# ---- data: texts
 
 PACKAGES = "python torch pandas sympy numpy transformers networkx datasets huggingface_hub".split()
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
@@ -209,7 +206,7 @@ def file_format(path: Path) -> str | None:
 
 
 def find_files(data: str) -> list[Path]:
-    """The local files that --data names: a file, a glob, a BEIR folder's corpus, all of a folder; none for a hub name."""
+    """The local files of --data: a file, a glob's, a BEIR folder's corpus, all of a folder; none for a hub name."""
     path = Path(data).expanduser()
     files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     if path.is_dir():
@@ -225,7 +222,7 @@ def find_files(data: str) -> list[Path]:
 
 
 def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
-    """The texts of --data as a stream of Arrow tables, and the local files they come from; UserError if there are none."""
+    """The texts of --data as a stream of Arrow tables, and the local files they come from; UserError without any."""
     if config.data == "python-docs":
         return python_docs().to_iterable_dataset().with_format("arrow"), []
     saved = any(Path(config.data, name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
@@ -267,12 +264,7 @@ def join_columns(record: dict, columns: list[str]) -> str:
     return " ".join(value for value in values if value).strip()
 
 
-def held_out_batches(config: Config, tokenizer, tables: tuple) -> list[dict]:
-    """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
-    blocks = islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS)
-    texts = [text for block in blocks for text in block if text_hash(text) % 1000 == 0]
-    windows = sorted(cut_windows(texts, tokenizer, config.max_length)[:1024], key=len)
-    return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i) for i in range(0, len(windows), 64)]
+# ---- data: batches
 
 
 class PretrainingStream(torch.utils.data.IterableDataset):
@@ -289,7 +281,8 @@ class PretrainingStream(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        readers = [self.read_part(part) for part in (self.parts[worker.id :: worker.num_workers] if worker else self.parts)]
+        parts = self.parts[worker.id :: worker.num_workers] if worker else self.parts
+        readers = [self.read_part(part) for part in parts]
         try:
             while True:
                 for reader in readers:
@@ -317,13 +310,14 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                     draw = np.random.default_rng([config.seed, start + index]).random()
                     windows = batches.pop(int(draw * len(batches)))
                     if index >= done:
-                        batch = collate(windows, self.tokenizer, self.tables, config.mask_ratio, seed_of(config.seed, step, part))
-                        yield batch | {"part": part, "position": (epoch, block, index + 1, state)}
+                        seed = hash((config.seed, step, part))  # of integers, so the same on every machine
+                        batch = collate(windows, self.tokenizer, self.tables, config.mask_ratio, seed)
+                        yield batch | {"seed": seed, "part": part, "position": (epoch, block, index + 1, state)}
                         step += 1
                 state, done = stream.state_dict(), 0
             if first_block == 0 and step == first_step:
-                raise UserError(f"--data {config.data} is too small for the {config.parts} parts of --batch_size / "
-                                f"--micro_batch_size: one of them has no text; lower the first or raise the second")
+                raise UserError(f"--data {config.data} has too few texts for the {config.parts} parts of --batch_size / "
+                                f"--micro_batch_size: lower the first or raise the second")
             epoch, block, state = epoch + 1, 0, None
 
     def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
@@ -333,11 +327,6 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         windows = sorted((windows[i] for i in rng.permutation(len(windows))), key=len)
         count = math.ceil(len(windows) / self.config.micro_batch_size)
         return [windows[len(windows) * i // count : len(windows) * (i + 1) // count] for i in range(count)]
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, such as (seed, step, part)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]:
@@ -367,7 +356,7 @@ def collate(windows: list[list[int]], tokenizer, tables: tuple, mask_ratio: floa
     }
 
 
-# ---------------------------------------------------------------------------------------------------- masking
+# ---- masking
 
 
 def special_table(tokenizer, vocab_size: int) -> torch.Tensor:
@@ -378,12 +367,11 @@ def special_table(tokenizer, vocab_size: int) -> torch.Tensor:
 
 
 def word_table(tokenizer) -> torch.Tensor:
-    """(2, V): what each token joins to its left and to its right; it continues a word if its left is the other's right.
+    """(2, V): what each token joins to its left and right. It continues a word if its left is the last one's right.
 
     WordPiece marks a continuation by `##`, SentencePiece the start of a word by `▁`. Byte-level BPE marks a space by
     `Ġ` and besides splits, as its pre-tokenizer does, between letters (1), digits (2), white space (3), others (4).
     """
-
     def kind(character):
         letter = character.isalpha() or character == "\ufffd"  # the second is a byte of a longer character
         return 1 if letter else 2 if character.isnumeric() else 3 if character.isspace() else 4
@@ -394,9 +382,8 @@ def word_table(tokenizer) -> torch.Tensor:
     table = torch.ones(2, len(tokens), dtype=torch.int8)
     for i, token in enumerate(tokens):
         text = tokenizer.convert_tokens_to_string([token]) or " " if byte_level else token
-        starts = not token.startswith("##") if wordpiece else token.startswith(("▁", "Ġ"))
         table[:, i] = torch.tensor([kind(text[0]), kind(text[-1])]) if byte_level else 1
-        table[0, i] *= not starts
+        table[0, i] *= token.startswith("##") if wordpiece else not token.startswith(("▁", "Ġ"))
     table[:, tokenizer.all_special_ids] = 0
     return table
 
@@ -425,7 +412,7 @@ def whole_word_mask(input_ids, special, joins, mask_token_id: int, mask_ratio: f
     return torch.where(chosen & (draw >= 0.9), random_ids, masked_ids), chosen
 
 
-# ------------------------------------------------------------------------------------------- losses and model
+# ---- losses and model
 
 
 def bag_of_words(input_ids, special):
@@ -475,6 +462,8 @@ class EnhancedDecoder(nn.Module):
     """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline; its positions are its own, for any encoder.
 
     The queries are h_CLS + positions, the keys and values h_CLS and the embeddings of the unmasked tokens + positions.
+    Token i sees position 0 and a random half of the others, never itself. This view is one draw on the device; the
+    original draws it in Python loops, where most of its time goes.
     """
 
     def __init__(self, width: int, heads: int, max_length: int):
@@ -485,12 +474,14 @@ class EnhancedDecoder(nn.Module):
         self.norm_query, self.norm_memory, self.norm_attention, self.norm = (nn.LayerNorm(width) for _ in range(4))
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, cls, token_embeddings, attention_mask):
-        """cls (B, D), token_embeddings (B, L, D), attention_mask (B, L) or None; returns (B, L, D)."""
-        positions = self.positions[: token_embeddings.shape[1]]                            # (L, D)
-        queries = self.norm_query(cls[:, None] + positions)                                # (B, L, D)
-        memory = self.norm_memory(torch.cat([cls[:, None], token_embeddings[:, 1:]], 1) + positions)
-        view = random_view(*token_embeddings.shape[:2], cls.device)                        # (B, L, L)
+    def forward(self, cls, embeddings, attention_mask):
+        """cls (B, D), token embeddings (B, L, D), attention_mask (B, L) or None; returns (B, L, D)."""
+        batch, length, _ = embeddings.shape
+        queries = self.norm_query(cls[:, None] + self.positions[:length])                  # (B, L, D)
+        memory = self.norm_memory(torch.cat([cls[:, None], embeddings[:, 1:]], 1) + self.positions[:length])
+        view = torch.rand(batch, length, length, device=cls.device) < 0.5                  # (B, L, L)
+        view &= ~torch.eye(length, dtype=torch.bool, device=cls.device)
+        view[:, :, 0] = True
         if attention_mask is not None:
             view &= attention_mask[:, None].bool()
         q, k, v = (layer(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, H, L, D/H)
@@ -498,17 +489,6 @@ class EnhancedDecoder(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=view[:, None])
         hidden = self.norm_attention(queries + self.out(attended.transpose(1, 2).flatten(2)))
         return self.norm(hidden + self.feed_forward(hidden))
-
-
-def random_view(batch: int, length: int, device):
-    """The position-specific mask (B, L, L): token i sees position 0 and a random half of the others, never itself.
-
-    One vectorised draw on the device; the original draws it by loops in Python, where most of its time goes.
-    """
-    view = torch.rand(batch, length, length, device=device) < 0.5
-    view &= ~torch.eye(length, dtype=torch.bool, device=device)
-    view[:, :, 0] = True
-    return view
 
 
 class BowMAE(nn.Module):
@@ -525,20 +505,9 @@ class BowMAE(nn.Module):
         """The last hidden states h, (B, L, D), of input_ids (B, L)."""
         return self.lm.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
 
-    def coverage(self, batch: dict):
-        """Term coverage of each text of a micro-batch, (B,), from the [CLS] vector of the unmasked text."""
-        batch = self.to_device(batch)
-        cls = self.encode(batch["input_ids"], batch["attention_mask"])[:, 0]               # (B, D)
-        return term_coverage(mlm_head(self.lm, cls), batch["input_ids"], self.special)
-
-    def to_device(self, batch: dict) -> dict:
-        """The micro-batch with its tensors where the model is."""
-        return {name: value.to(self.special.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in batch.items()}
-
     def forward(self, batch: dict, objective: str | None = None) -> dict:
         """The mean of each loss over a micro-batch of `collate`, by name; logits only where a loss needs them."""
-        batch, objective = self.to_device(batch), objective or self.objective
+        objective = objective or self.objective
         input_ids, chosen, visible = batch["input_ids"], batch["chosen"], batch["visible"]
         hidden = self.encode(batch["masked_ids"], batch["attention_mask"])                 # (B, L, D)
         rows = [hidden.flatten(0, 1)[chosen]]                                              # (M, D)
@@ -557,19 +526,17 @@ class BowMAE(nn.Module):
         return losses
 
 
-# layers, width and vocabulary of a fresh BERT
 FRESH = {"tiny": (2, 128, 4096), "mini": (4, 256, 8192), "small": (4, 512, 16384), "medium": (8, 512, 30522),
-         "base": (12, 768, 30522)}
+         "base": (12, 768, 30522)}  # layers, width, vocabulary
 
 
 def learn_tokenizer(config: Config):
-    """An uncased WordPiece tokenizer, with a vocabulary of the first training texts; the same at every call."""
+    """An uncased WordPiece tokenizer with a vocabulary of the first training texts; the same at every call."""
     def texts():
         for block in islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS):
             yield from (text for text in block if text_hash(text) % 1000)
 
-    size, positions = FRESH[config.model][2], max(512, config.max_length)
-    tokenizer, characters = BertTokenizer(), Counter()
+    tokenizer, characters, size = BertTokenizer(), Counter(), FRESH[config.model][2]
     backend = tokenizer.backend_tokenizer
     for text in texts():
         characters.update(backend.normalizer.normalize_str(text))
@@ -580,13 +547,14 @@ def learn_tokenizer(config: Config):
     backend.train_from_iterator(texts(), WordPieceTrainer(
         vocab_size=size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False,
         special_tokens=list(tokenizer.get_vocab()) + ["##" + character for character in alphabet]))
-    return BertTokenizer(vocab=backend.get_vocab(), model_max_length=positions)
+    return BertTokenizer(vocab=backend.get_vocab(), model_max_length=max(512, config.max_length))
 
 
-def load_tokenizer(config: Config, source: str | None):
+def load_tokenizer(config: Config, checkpoint: str | None):
     """The tokenizer of a checkpoint or of --model, learnt for a fresh one; raises UserError if it cannot serve."""
-    if source is None:
+    if checkpoint is None and config.model in FRESH:
         return learn_tokenizer(config)
+    source = checkpoint or config.model
     with blame(f"--model {source}: no such model, or no tokenizer in it"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast or tokenizer.mask_token is None or tokenizer.pad_token is None:
@@ -596,10 +564,11 @@ def load_tokenizer(config: Config, source: str | None):
     return tokenizer
 
 
-def load_lm(config: Config, source: str | None, tokenizer):
+def load_lm(config: Config, checkpoint: str | None, tokenizer):
     """The masked LM of a checkpoint or of --model, or a fresh BERT; raises UserError if it cannot serve."""
     torch.manual_seed(config.seed)
-    if source is None:
+    source = checkpoint or config.model
+    if source in FRESH:
         layers, width, _ = FRESH[config.model]
         # a standard deviation of 0.05 learns the bag several times faster than the usual 0.02
         lm = BertForMaskedLM(BertConfig(
@@ -609,17 +578,20 @@ def load_lm(config: Config, source: str | None, tokenizer):
     else:
         with blame(f"--model {source} is no masked LM"):
             lm, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        if report["missing_keys"] or len(tokenizer) > lm.config.vocab_size:
-            raise UserError(f"--model {source} has no masked-LM head for its tokenizer: {min(report['missing_keys'])} is missing")
+        if report["missing_keys"]:
+            raise UserError(f"--model {source} has no masked-LM head: {min(report['missing_keys'])} is missing")
     mlm_head(lm, torch.zeros(1, lm.config.hidden_size))
-    # RoBERTa counts positions from the padding id on
-    positions = lm.config.max_position_embeddings - 1 - getattr(getattr(lm.base_model, "embeddings", None), "padding_idx", -1)
-    if config.max_length > positions:
-        raise UserError(f"--max_length {config.max_length} is above the {positions} positions of --model {config.model}")
+    if len(tokenizer) > lm.config.vocab_size:
+        raise UserError(f"--model {source} has {lm.config.vocab_size} embeddings, its tokenizer {len(tokenizer)} tokens")
+    # RoBERTa counts positions from its padding id on
+    first = getattr(getattr(lm.base_model, "embeddings", None), "padding_idx", -1) + 1
+    if config.max_length > lm.config.max_position_embeddings - first:
+        raise UserError(f"--max_length {config.max_length} is above the {lm.config.max_position_embeddings - first} "
+                        f"positions of --model {config.model}")
     return lm
 
 
-# -------------------------------------------------------------------------------------------------- schedules
+# ---- schedules
 
 
 def cosine(first: float, last: float, progress: float) -> float:
@@ -628,14 +600,14 @@ def cosine(first: float, last: float, progress: float) -> float:
 
 
 def schedule(config: Config, step: int) -> tuple[float, float]:
-    """The learning rate (linear warm-up, then a cosine) and λ (a cosine) at a step, 1 to steps; they know no more."""
+    """The learning rate (linear warm-up, then a cosine) and λ (a cosine) of an optimizer step, 1 to steps."""
     rise = min(step / max(config.warmup_steps, 1), 1)
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return (rise * cosine(config.lr, config.lr * config.lr_final_ratio, progress),
             cosine(config.bow_weight, config.bow_weight_final, step / config.steps))
 
 
-# -------------------------------------------------------------------------------------------------- processes
+# ---- processes
 
 
 @contextlib.contextmanager
@@ -646,15 +618,15 @@ def process_group():
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(
-        backend, **({} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **alone)
     try:
         yield device
-        dist.destroy_process_group()
-    finally:  # an error holds the loaders' iterator, and they leave signals to us: end them by hand
+    finally:  # the loaders leave signals to us, and an error holds on to their iterator: end them by hand
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
+        dist.destroy_process_group()
 
 
 def agree(error: Exception | None = None, numbers=()) -> list[float]:
@@ -689,7 +661,7 @@ def on_first(function, *args):
     return result[0]
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ---- checkpoints
 
 
 def write_json(path: Path, content) -> None:
@@ -700,6 +672,7 @@ def write_json(path: Path, content) -> None:
 
 def save_model(folder: Path, lm, tokenizer, config: Config) -> None:
     """Save what AutoModelForMaskedLM, AutoTokenizer and SentenceTransformer ([CLS] vectors, dot product) open."""
+    shutil.rmtree(folder, ignore_errors=True)
     (folder / "1_Pooling").mkdir(parents=True)
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -717,8 +690,7 @@ def save_model(folder: Path, lm, tokenizer, config: Config) -> None:
 def save_checkpoint(config: Config, step: int, lm, tokenizer, state: dict) -> None:
     """Write output/checkpoint-STEP whole or not at all; after that drop all but the newest --keep."""
     folder, target = Path(config.output, ".saving"), Path(config.output, f"checkpoint-{step}")
-    shutil.rmtree(folder, ignore_errors=True)
-    with blame(f"--output: {target} could not be written; mend that, and the same command goes on from the one before"):
+    with blame(f"--output: {target} cannot be written; mend that, and the same command goes on from the last one"):
         save_model(folder, lm, tokenizer, config)
         torch.save(state, folder / "training_state.pt")
         sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
@@ -737,59 +709,70 @@ def list_checkpoints(output: str) -> list[Path]:
 
 def read_manifest(folder: Path) -> dict | None:
     """The trainer_state.json of a checkpoint; None where a file is missing or has not the size it was written with."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError):
         manifest = json.loads((folder / "trainer_state.json").read_text())
-        return manifest if all((folder / name).stat().st_size == size for name, size in manifest["files"].items()) else None
-    except (OSError, ValueError, KeyError):
-        return None
+        if all((folder / name).stat().st_size == size for name, size in manifest["files"].items()):
+            return manifest
+
+
+def check_same_run(config: Config, earlier: dict, where: str | Path) -> None:
+    """Raise UserError with the first flag that differs between this run and the one that a folder holds."""
+    for name, value in asdict(config).items():
+        if name not in FREE_FLAGS and earlier[name] != value:
+            raise UserError(f"{where} holds a run with --{name} {earlier[name]}, not {value}: give that, or another --output")
 
 
 def prepare_output(config: Config) -> str | None:
     """Make sure that --output can be written and is this run's; returns the checkpoint to go on from, if any."""
-    def check_same(earlier, where):
-        for name, value in asdict(config).items():
-            if name not in FREE_FLAGS and earlier[name] != value:
-                raise UserError(f"{where} holds a run with --{name} {earlier[name]}, not {value}: give that, or another --output")
-
     output, run = Path(config.output), Path(config.output, "run.json")
     with blame(f"--output {output} cannot be used"):
         output.mkdir(parents=True, exist_ok=True)
         if run.exists():
             if config.resume == "never":
                 raise UserError(f"--output {output} holds a run already: give another, or --resume auto")
-            check_same(json.loads(run.read_text())["config"], output)
+            check_same_run(config, json.loads(run.read_text())["config"], output)
         elif any(output.iterdir()):
             raise UserError(f"--output {output} is not empty and holds no run of this script: give another")
+        checkpoints, chosen = list_checkpoints(config.output), None
+        if config.resume not in ("auto", "never"):
+            manifest = read_manifest(Path(config.resume))
+            if manifest is None or checkpoints and not checkpoints[0].samefile(config.resume):
+                raise UserError(f"--resume {config.resume} is no whole checkpoint, or --output {output} holds newer ones")
+            check_same_run(config, manifest["config"], config.resume)
+            chosen = config.resume
+        for folder in checkpoints if config.resume == "auto" else []:
+            if read_manifest(folder):
+                chosen = str(folder)
+                break
+            print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
         git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
         write_json(run, {"config": asdict(config), "versions": versions | {"python": sys.version.split()[0]},
                          "git_commit": git.stdout.strip() or None, "world_size": dist.get_world_size(), "argv": sys.argv,
                          "device": str(torch.accelerator.current_accelerator() or "cpu")})
-    for folder in list_checkpoints(config.output) if config.resume == "auto" else []:
-        if read_manifest(folder):
-            return str(folder)
-        print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
-    if config.resume in ("auto", "never"):
-        return None
-    manifest = read_manifest(Path(config.resume))
-    if manifest is None:
-        raise UserError(f"--resume {config.resume} is no whole checkpoint folder")
-    check_same(manifest["config"], config.resume)
-    if list_checkpoints(config.output)[:1] and list_checkpoints(config.output)[0].resolve() != Path(config.resume).resolve():
-        raise UserError(f"--output {output} holds other checkpoints than --resume {config.resume}: give another --output")
-    return config.resume
+    return chosen
 
 
-# ------------------------------------------------------------------------------------------------- evaluation
+# ---- evaluation and logs
+
+
+def held_out_batches(config: Config, tokenizer, tables: tuple) -> list[dict]:
+    """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
+    blocks = islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS)
+    texts = [text for block in blocks for text in block if text_hash(text) % 1000 == 0]
+    windows = sorted(cut_windows(texts, tokenizer, config.max_length)[:1024], key=len)
+    return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i) for i in range(0, len(windows), 64)]
 
 
 @torch.no_grad()
-def evaluate(model: BowMAE, batches: list[dict]) -> dict:
+def evaluate(model: BowMAE, batches: list[dict], device) -> dict:
     """Masked-LM loss (a mean over tokens), bag-of-word loss and term coverage (over windows) on held-out texts."""
     model.eval()
     sums, counts = Counter(), Counter()
-    for batch in batches:
-        values = model(batch, "bow") | {"term_coverage": model.coverage(batch).mean()}
+    for batch in (to_device(batch, device) for batch in batches):
+        values = model(batch, "bow")
+        cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]              # (B, D) of the unmasked text
+        values["term_coverage"] = term_coverage(mlm_head(model.lm, cls), batch["input_ids"], model.special).mean()
         for name, value in values.items():
             terms = batch["terms"]["mlm_loss" if name == "mlm_loss" else "bow_loss"]
             sums[f"eval_{name}"] += value.item() * terms
@@ -799,10 +782,10 @@ def evaluate(model: BowMAE, batches: list[dict]) -> dict:
 
 
 class MetricsLog:
-    """metrics.jsonl and the progress bar of the first process; every process checks that its losses are finite."""
+    """The lines of metrics.jsonl and the progress bar, on the first process; every process checks the losses."""
 
-    def __init__(self, config: Config, step: int, device):
-        self.config, self.device, self.path, self.records = config, device, Path(config.output, "metrics.jsonl"), []
+    def __init__(self, config: Config, step: int, device: torch.device):
+        self.path, self.device, self.records = Path(config.output, "metrics.jsonl"), device, []
         self.pending, self.sizes, self.first = [], np.zeros(4), dist.get_rank() == 0
         if self.first:
             for line in self.path.read_text().splitlines() if self.path.exists() else []:
@@ -811,6 +794,10 @@ class MetricsLog:
             self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=not self.first)
 
+    def evaluations(self) -> list[dict]:
+        """The lines of the evaluations so far."""
+        return [record for record in self.records if "eval_mlm_loss" in record]
+
     def write(self, record: dict) -> None:
         """Append a line; a loss keeps all its digits, and what is no number (a norm that overflowed) is null."""
         self.records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
@@ -818,56 +805,66 @@ class MetricsLog:
             with self.path.open("a") as file:
                 file.write(json.dumps(self.records[-1]) + "\n")
 
-    def add(self, step: int, values, *sizes: float) -> None:
-        """Note a step's losses and norm, still on the device, and its tokens, positions, seconds, seconds of waiting."""
-        self.pending.append((step, values))
+    def add(self, step: int, losses: dict, sizes: list[float]) -> None:
+        """Note a step's losses, still on the device, and its tokens, positions, seconds, and seconds of waiting."""
+        self.pending.append((step, losses))
         self.sizes += sizes
         self.bar.update()
 
-    def flush(self) -> None:
-        """Read the losses since the last call: raises UserError at the first that is not finite, else logs the last."""
-        for step, values in self.pending:
-            loss, *losses, grad_norm = values.tolist()
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step}; the last checkpoint is whole: lower --lr, or set "
-                                f"--precision fp32")
-        second = "enhanced_loss" if self.config.objective == "enhanced" else "bow_loss"
+    def flush(self, lr: float, weight: float) -> None:
+        """Read the losses noted since the last call; raises UserError at the first not finite, else logs the last."""
+        for step, losses in self.pending:
+            losses = {name: value.item() for name, value in losses.items()}
+            if not math.isfinite(losses["loss"]):
+                raise UserError(f"the loss is {losses['loss']} at step {step}; the last checkpoint is whole: lower --lr "
+                                f"or set --precision fp32, with another --output")
         tokens, positions, seconds, waited = self.sizes
-        lr, weight = schedule(self.config, step)
         memory = (torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-        record = {"step": step, "loss": loss, **dict(zip(("mlm_loss", second), losses)), "bow_weight": weight, "lr": lr,
-                  "grad_norm": grad_norm, "tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / positions,
-                  "data_wait_share": waited / seconds, "peak_memory_mb": memory}
-        self.write(record)
-        self.bar.set_postfix({name: f"{record[name]:.3f}" for name in ("mlm_loss", second) if name in record}
-                             | {"tokens/s": f"{tokens / seconds:,.0f}"})
+        self.write({"step": step, **losses, "bow_weight": weight, "lr": lr, "tokens_per_second": tokens / seconds,
+                    "padding_share": 1 - tokens / positions, "data_wait_share": waited / seconds,
+                    "peak_memory_mb": memory})
+        shown = {name: f"{value:.3f}" for name, value in losses.items() if name.endswith("_loss")}
+        self.bar.set_postfix(shown | {"tokens/s": f"{tokens / seconds:,.0f}"})
         self.pending, self.sizes = [], np.zeros(4)
 
 
-# ---------------------------------------------------------------------------------------------- training loop
+# ---- training loop
+
+LOSSES = ("mlm_loss", "bow_loss", "enhanced_loss")
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type of --precision for autocast, None for fp32; `auto` is bf16 on devices that compute in it."""
-    if precision == "auto":
-        native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if native else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that --precision computes in; `auto` is bfloat16 on devices that have it natively, else float32."""
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    auto = torch.bfloat16 if native else torch.float32
+    return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def train_step(ddp, optimizer, scaler, batches: list[dict], terms: dict, step: int, config: Config, device):
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The micro-batch with its tensors on the device."""
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()}
+
+
+def quiet_worker(_) -> None:
+    """Leave signals to the training process, which ends its loaders itself; one core for the tokenizer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def train_step(ddp, optimizer, scaler, batches: list[dict], terms: dict, lr: float, weight: float, device, dtype) -> dict:
     """One optimizer step on this process's micro-batches; terms are the step's counts over all processes.
 
-    Returns on the device the loss of the whole step, its parts in the order of `forward`, and the gradient's norm.
+    Returns the losses of the whole step and the norm of its gradient, by name, as scalars on the device.
     """
-    lr, weight = schedule(config, step)
-    dtype, total = autocast_dtype(config.precision, device), 0.0
+    total = 0.0
     for i, batch in enumerate(batches):
-        torch.manual_seed(seed_of(config.seed, step, batch["part"]))
+        torch.manual_seed(batch["seed"])  # the dropout, too, is a function of (seed, step, part)
         with ddp.no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                losses = ddp(batch)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses = ddp(to_device(batch, device))
             # means over the whole step: each micro-batch counts by its share of the terms; DDP divides by the processes
             shares = {name: loss * (batch["terms"][name] / terms[name]) for name, loss in losses.items()}
             loss = sum(share * (weight if name == "bow_loss" else 1.0) for name, share in shares.items())
@@ -881,28 +878,38 @@ def train_step(ddp, optimizer, scaler, batches: list[dict], terms: dict, step: i
     scaler.update()
     optimizer.zero_grad()
     dist.all_reduce(total)
-    return torch.cat([total, grad_norm[None]])
+    return dict(zip(["loss", *losses], total)) | {"grad_norm": grad_norm}
 
 
-def make_optimizer(model: BowMAE, config: Config, device):
-    """AdamW that decays matrices alone (β₂ of RoBERTa), and the loss scaler that fp16 needs."""
+def load_training(config: Config, checkpoint: str | None, tokenizer, device):
+    """Model, AdamW (β₂ of RoBERTa, no decay on biases and norms) and loss scaler, as they were in a checkpoint if any.
+
+    Returns them with the step and the positions of the parts.
+    """
+    lm = load_lm(config, checkpoint, tokenizer)
+    model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device)
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix],
                "weight_decay": config.weight_decay * matrix} for matrix in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
-    return optimizer, torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    state = {"step": 0, "positions": {}}
+    if checkpoint:
+        state = torch.load(Path(checkpoint, "training_state.pt"), map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if config.objective == "enhanced":
+            model.decoder.load_state_dict(state["decoder"])
+    return model, optimizer, scaler, state["step"], state["positions"]
 
 
 def train(config: Config, device: torch.device) -> None:
     """Pre-train to --steps, from the newest checkpoint in --output or from the start; the model is left in --output."""
-    rank, share = dist.get_rank(), config.parts // dist.get_world_size()
+    rank, world_size, output = dist.get_rank(), dist.get_world_size(), Path(config.output)
     checkpoint = on_first(prepare_output, config)
-    source = checkpoint or (None if config.model in FRESH else config.model)
-    tokenizer = on_first(load_tokenizer, config, source)
-    lm = together(load_lm, config, source, tokenizer)
-    model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device)
-    optimizer, scaler = make_optimizer(model, config, device)
-    step, positions = restore(checkpoint, model, optimizer, scaler) if checkpoint else (0, {})
+    tokenizer = on_first(load_tokenizer, config, checkpoint)
+    model, optimizer, scaler, step, positions = together(load_training, config, checkpoint, tokenizer, device)
     ddp = DistributedDataParallel(torch.compile(model) if config.compile else model, gradient_as_bucket_view=True)
+    dtype, share = compute_dtype(config.precision, device), config.parts // world_size
     stream = PretrainingStream(config, tokenizer, range(rank * share, (rank + 1) * share), positions, step + 1)
     held_out = on_first(held_out_batches, config, tokenizer, stream.tables)
     loader = iter(torch.utils.data.DataLoader(
@@ -910,91 +917,65 @@ def train(config: Config, device: torch.device) -> None:
         worker_init_fn=quiet_worker))
 
     def save():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, positions)
-        state = {"step": step, "positions": {part: at for some in everyone for part, at in some.items()},
+        places = [None] * world_size
+        dist.all_gather_object(places, positions)
+        state = {"step": step, "positions": {part: place for some in places for part, place in some.items()},
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "decoder": model.decoder.state_dict() if config.objective == "enhanced" else {}}
-        on_first(save_checkpoint, config, step, lm, tokenizer, state)
+        on_first(save_checkpoint, config, step, model.lm, tokenizer, state)
 
-    log, stops, leaving = MetricsLog(config, step, device), [], False
+    stops, leaving, log = [], False, MetricsLog(config, step, device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stops.append(number))
     if rank == 0:
-        print(describe(config, model, device), flush=True)
-        if not any("eval_mlm_loss" in record for record in log.records):
-            log.write({"step": step} | evaluate(model, held_out))
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        tqdm.write(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = {share} x "
+                   f"{config.micro_batch_size} on {world_size} process(es) | {config.steps} steps of up to "
+                   f"{config.batch_size * config.max_length:,} tokens | {device} {dtype}")
+        if not log.evaluations():
+            log.write({"step": step} | evaluate(model, held_out, device))
     while step < config.steps and not leaving:
         step, began = step + 1, time.perf_counter()
         batches = list(islice(loader, share))
         waited = time.perf_counter() - began
         error = next((item for item in batches if isinstance(item, UserError)), None)
         batches = [] if error else batches
-        leaving, tokens, places, *terms = agree(error, [
-            len(stops), sum(batch["tokens"] for batch in batches), sum(batch["input_ids"].numel() for batch in batches),
-            *(sum(batch["terms"][name] for batch in batches) for name in LOSSES)])
-        values = train_step(ddp, optimizer, scaler, batches, dict(zip(LOSSES, terms)), step, config, device)
+        sums = [sum(count(batch) for batch in batches) for count in (
+            lambda batch: batch["tokens"], lambda batch: batch["input_ids"].numel(),
+            *(lambda batch, name=name: batch["terms"][name] for name in LOSSES))]
+        leaving, tokens, places, *terms = agree(error, [len(stops), *sums])
+        lr, weight = schedule(config, step)
+        losses = train_step(ddp, optimizer, scaler, batches, dict(zip(LOSSES, terms)), lr, weight, device, dtype)
         positions |= {batch["part"]: batch["position"] for batch in batches}
-        log.add(step, values, tokens, places, time.perf_counter() - began, waited)
+        log.add(step, losses, [tokens, places, time.perf_counter() - began, waited])
         saves = leaving or step == config.steps or step % config.save_every == 0
         if saves or step % config.log_every == 0:
-            together(log.flush)
+            together(log.flush, lr, weight)
         if rank == 0 and (step == config.steps or step % config.eval_every == 0):
-            log.write({"step": step} | evaluate(model, held_out))
+            log.write({"step": step} | evaluate(model, held_out, device))
         if saves:
             save()
     log.bar.close()
-    if leaving and step < config.steps:
+    if step < config.steps:
         if rank == 0:
-            print(f"stopped by a signal after step {step}: saved; the same command goes on from there", file=sys.stderr)
+            print(f"stopped by a signal, saved after step {step}: the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-    on_first(finish, config, lm, tokenizer, log)
-
-
-def restore(folder: str, model: BowMAE, optimizer, scaler) -> tuple[int, dict]:
-    """Load what a checkpoint holds beside the model; returns its step and the position of each part."""
-    state = torch.load(Path(folder, "training_state.pt"), map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if state["decoder"]:
-        model.decoder.load_state_dict(state["decoder"])
-    return state["step"], state["positions"]
-
-
-def quiet_worker(_) -> None:
-    """Leave signals to the training process, which ends its loaders itself, and its one core to the tokenizer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def describe(config: Config, model: BowMAE, device) -> str:
-    """The line at the start of a run."""
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    precision = str(autocast_dtype(config.precision, device) or torch.float32).removeprefix("torch.")
-    return (f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = {config.parts} "
-            f"micro-batches of {config.micro_batch_size} on {dist.get_world_size()} processes | {config.steps} steps of up to "
-            f"{config.batch_size * config.max_length:,} tokens | {device} {precision}")
+    on_first(finish, config, model.lm, tokenizer, log)
 
 
 def finish(config: Config, lm, tokenizer, log: MetricsLog) -> None:
     """Put the model into --output and print what the run changed on the held-out texts."""
     folder, output = Path(config.output, ".saving"), Path(config.output)
-    shutil.rmtree(folder, ignore_errors=True)
-    with blame(f"--output {output}: the model could not be written; mend that, and the same command writes it"):
+    with blame(f"--output: the model cannot be written to {output}; mend that, and the same command writes it"):
         save_model(folder, lm, tokenizer, config)
         (output / "1_Pooling").mkdir(exist_ok=True)
         for file in [path for path in folder.rglob("*") if path.is_file()]:
             file.replace(output / file.relative_to(folder))
         shutil.rmtree(folder)
-    evaluations = [record for record in log.records if "eval_mlm_loss" in record]
     print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
     for name in ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"):
-        print(f"{name[5:]:<16}{evaluations[0][name]:>10.4f}{evaluations[-1][name]:>10.4f}")
+        print(f"{name[5:]:<16}" + "".join(f"{record[name]:>10.4f}" for record in log.evaluations()[:: max(len(log.evaluations()) - 1, 1)]))
     print(f"model saved in {output}")
-
-
-LOSSES = ("mlm_loss", "bow_loss", "enhanced_loss")
 
 
 def main(argv: list[str] | None = None) -> None:
