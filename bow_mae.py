@@ -49,7 +49,7 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig, BertForMaskedLM, BertTokenizer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 
@@ -61,12 +61,12 @@ class Config:
     text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space into a text")
     model: str = HfArg(default="tiny", help="a masked LM (hub name or folder), or a fresh tiny|mini|small|medium|base")
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's loss, or a baseline's")
-    max_length: int = HfArg(default=48, help="tokens in a window, [CLS] and [SEP] included")
+    max_length: int = HfArg(default=32, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
-    bow_weight: float = HfArg(default=1.0, help="weight λ of the bag-of-word loss at the first step")
-    bow_weight_final: float = HfArg(default=0.1, help="λ at the last step, reached by a cosine")
-    steps: int = HfArg(default=5000, help="optimizer steps")
-    batch_size: int = HfArg(default=32, help="windows in an optimizer step, over all processes")
+    bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
+    bow_weight_final: float = HfArg(default=5.0, help="λ at the last step, reached by a cosine")
+    steps: int = HfArg(default=4800, help="optimizer steps")
+    batch_size: int = HfArg(default=64, help="windows in an optimizer step, over all processes")
     micro_batch_size: int = HfArg(default=16, help="windows in one forward and backward pass")
     lr: float = HfArg(default=2e-3, help="peak learning rate of AdamW")
     lr_final_ratio: float = HfArg(default=0.1, help="last learning rate over the peak, reached by a cosine")
@@ -75,7 +75,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 where it is native")
     compile: bool = HfArg(default=False, help="run the model through torch.compile")
     seed: int = HfArg(default=0, help="of the weights, the order of the data, the masks and the dropout")
-    workers: int = HfArg(default=1, help="loader processes of each process, at most one a part; 0: none")
+    workers: int = HfArg(default=0, help="loader processes of each process, at most one a part; 0: loads by itself")
     output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, the logs and the model")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
     keep: int = HfArg(default=2, help="newest checkpoints that stay")
@@ -152,7 +152,7 @@ def find_bad_line(files: list[Path], columns: list[str]) -> str | None:
                     text = line.decode("utf-8-sig")
                     if file_format(file) == "json" and text.strip():
                         join_columns(json.loads(text), columns)
-        except (ValueError, AttributeError, EOFError, OSError, zlib.error) as error:
+        except (ValueError, EOFError, OSError, zlib.error) as error:
             return f"--data {file}, line {number}: {error}"
 
 
@@ -187,8 +187,9 @@ def python_docs() -> datasets.Dataset:
     shuffled once for all. Built in half a minute, then in the cache of `datasets` under a key of the versions.
     """
     version = {name: metadata.version(name) for name in PACKAGES[1:]} | {"python": sys.version.split()[0]}
+    packages = [f"{name}=={version[name]}" for name in PACKAGES]
     raw = datasets.Dataset.from_generator(
-        docstrings, gen_kwargs={"packages": [f"{name}=={version[name]}" for name in PACKAGES]}, num_proc=2,
+        docstrings, gen_kwargs={"packages": packages}, num_proc=2, fingerprint=f"docs-{text_hash(' '.join(packages))}",
         cache_dir=os.environ.get("HF_DATASETS_CACHE", "out/cache"))
     table = raw.to_pandas().drop_duplicates("_id").drop_duplicates("text").drop_duplicates("query", keep=False)
     table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
@@ -196,7 +197,7 @@ def python_docs() -> datasets.Dataset:
 
 
 def text_hash(text: str) -> int:
-    """A number that depends on the text alone; texts where it is a multiple of 1000 are held out for evaluation."""
+    """A number that is a function of the text; where 1000 divides it, the text is held out for evaluation."""
     return zlib.crc32(text.encode())
 
 
@@ -227,12 +228,12 @@ def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
         return python_docs().to_iterable_dataset().with_format("arrow"), []
     saved = any(Path(config.data, name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     files = [] if saved else find_files(config.data)
-    with blame(f"--data {config.data}" + ("" if saved or files else ", no file here, as a hub dataset"), files):
+    with blame(f"--data {config.data}" + ("" if saved or files else ", no file here, as a hub dataset"), files, config.text_columns):
         if saved:
             dataset = datasets.load_from_disk(config.data)
             stream = (dataset["train"] if "train" in dataset else dataset).to_iterable_dataset()
         elif files:  # a cell of a csv is a text, even "1" or "NA"
-            options = {"dtype": str, "keep_default_na": False} if file_format(files[0]) == "csv" else {}
+            options = {"converters": dict.fromkeys(config.text_columns, str)} if file_format(files[0]) == "csv" else {}
             stream = datasets.load_dataset(file_format(files[0]), data_files=[str(file) for file in files],
                                            split="train", streaming=True, **options)
         else:
@@ -257,7 +258,7 @@ def read_blocks(stream: datasets.IterableDataset, files: list[Path], config: Con
 
 def join_columns(record: dict, columns: list[str]) -> str:
     """The text of a record: its columns joined by a space. Some may be null or missing, not all; else ValueError."""
-    values = [record.get(column) for column in columns]
+    values = [record.get(column) for column in columns] if isinstance(record, dict) else [record]
     for column, value in zip(columns, values):
         if not isinstance(value, str | None) or values == [None] * len(values):
             raise ValueError(f"column {column!r} is {json.dumps(value)[:50]} where a text must be")
@@ -280,8 +281,12 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         self.tables = special_table(tokenizer, len(tokenizer)), word_table(tokenizer)
 
     def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        parts = self.parts[worker.id :: worker.num_workers] if worker else self.parts
+        worker, parts = torch.utils.data.get_worker_info(), self.parts
+        if worker:  # leave signals to the training process, and the other cores to other workers
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            parts = parts[worker.id :: worker.num_workers]
         readers = [self.read_part(part) for part in parts]
         try:
             while True:
@@ -312,7 +317,8 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                     if index >= done:
                         seed = hash((config.seed, step, part))  # of integers, so the same on every machine
                         batch = collate(windows, self.tokenizer, self.tables, config.mask_ratio, seed)
-                        yield batch | {"seed": seed, "part": part, "position": (epoch, block, index + 1, state)}
+                        batch.update(seed=seed, part=part, position=(epoch, block, index + 1, state))
+                        yield batch
                         step += 1
                 state, done = stream.state_dict(), 0
             if first_block == 0 and step == first_step:
@@ -336,7 +342,7 @@ def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]
     return [window for window in windows if len(window) > 2]
 
 
-def collate(windows: list[list[int]], tokenizer, tables: tuple, mask_ratio: float, seed: int) -> dict:
+def collate(windows: list[list[int]], tokenizer, tables: tuple, mask_ratio: float, seed: int) -> BatchEncoding:
     """A micro-batch of B windows, padded to the longest, L, and masked.
 
     Returns input_ids (B, L), masked_ids (B, L), attention_mask (B, L) or None if nothing is padded, chosen (M,) and
@@ -348,12 +354,12 @@ def collate(windows: list[list[int]], tokenizer, tables: tuple, mask_ratio: floa
     generator = torch.Generator().manual_seed(seed)
     masked_ids, chosen = whole_word_mask(input_ids, *tables, tokenizer.mask_token_id, mask_ratio, generator)
     chosen, visible = (where.flatten().nonzero()[:, 0] for where in (chosen, ~tables[0][input_ids]))
-    return {
+    return BatchEncoding({
         "input_ids": input_ids, "masked_ids": masked_ids, "chosen": chosen, "visible": visible,
         "attention_mask": None if lengths.min() == longest else (torch.arange(longest) < lengths[:, None]).long(),
         "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)},
         "tokens": int(lengths.sum()),
-    }
+    })
 
 
 # ---- masking
@@ -594,13 +600,11 @@ def load_lm(config: Config, checkpoint: str | None, tokenizer):
 # ---- schedules
 
 
-def cosine(first: float, last: float, progress: float) -> float:
-    """From first at progress 0 to last at progress 1, along half a cosine."""
-    return last + (first - last) * (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
-
-
 def schedule(config: Config, step: int) -> tuple[float, float]:
     """The learning rate (linear warm-up, then a cosine) and λ (a cosine) of an optimizer step, 1 to steps."""
+    def cosine(first, last, progress):
+        return last + (first - last) * (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
+
     rise = min(step / max(config.warmup_steps, 1), 1)
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return (rise * cosine(config.lr, config.lr * config.lr_final_ratio, progress),
@@ -637,7 +641,7 @@ def agree(error: Exception | None = None, numbers=()) -> list[float]:
     failed = [rank for rank, row in enumerate(rows) if row[0]]
     if failed:
         if dist.get_rank() == failed[0]:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"error: {error}", file=sys.stderr)
         dist.all_reduce(mine)  # wait until the message is out: at the first exit torchrun ends the other processes
         sys.exit(2)
     return sum(rows)[1:].tolist()
@@ -715,42 +719,41 @@ def read_manifest(folder: Path) -> dict | None:
             return manifest
 
 
-def check_same_run(config: Config, earlier: dict, where: str | Path) -> None:
-    """Raise UserError with the first flag that differs between this run and the one that a folder holds."""
-    for name, value in asdict(config).items():
-        if name not in FREE_FLAGS and earlier[name] != value:
-            raise UserError(f"{where} holds a run with --{name} {earlier[name]}, not {value}: give that, or another --output")
-
-
-def prepare_output(config: Config) -> str | None:
-    """Make sure that --output can be written and is this run's; returns the checkpoint to go on from, if any."""
-    output, run = Path(config.output), Path(config.output, "run.json")
+def find_checkpoint(config: Config) -> str | None:
+    """The checkpoint to go on from, if any; raises UserError where --output or --resume is not this run's."""
+    output, checkpoints, earlier = Path(config.output), list_checkpoints(config.output), {}
     with blame(f"--output {output} cannot be used"):
         output.mkdir(parents=True, exist_ok=True)
-        if run.exists():
-            if config.resume == "never":
-                raise UserError(f"--output {output} holds a run already: give another, or --resume auto")
-            check_same_run(config, json.loads(run.read_text())["config"], output)
-        elif any(output.iterdir()):
-            raise UserError(f"--output {output} is not empty and holds no run of this script: give another")
-        checkpoints, chosen = list_checkpoints(config.output), None
-        if config.resume not in ("auto", "never"):
-            manifest = read_manifest(Path(config.resume))
-            if manifest is None or checkpoints and not checkpoints[0].samefile(config.resume):
-                raise UserError(f"--resume {config.resume} is no whole checkpoint, or --output {output} holds newer ones")
-            check_same_run(config, manifest["config"], config.resume)
-            chosen = config.resume
-        for folder in checkpoints if config.resume == "auto" else []:
-            if read_manifest(folder):
-                chosen = str(folder)
-                break
-            print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-        versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
-        write_json(run, {"config": asdict(config), "versions": versions | {"python": sys.version.split()[0]},
-                         "git_commit": git.stdout.strip() or None, "world_size": dist.get_world_size(), "argv": sys.argv,
-                         "device": str(torch.accelerator.current_accelerator() or "cpu")})
-    return chosen
+        if (output / "run.json").exists():
+            earlier[output] = json.loads((output / "run.json").read_text())["config"]
+        if any(output.iterdir()) and (not earlier or config.resume == "never"):
+            raise UserError(f"--output {output} holds {'a run' if earlier else 'files of something else'}: give another")
+    if config.resume not in ("auto", "never"):
+        manifest = read_manifest(Path(config.resume))
+        if manifest is None or checkpoints and not checkpoints[0].samefile(config.resume):
+            raise UserError(f"--resume {config.resume} is no whole checkpoint, or --output {output} holds newer ones")
+        earlier[config.resume] = manifest["config"]
+    for where, flags in earlier.items():
+        for name, value in asdict(config).items():
+            if name not in FREE_FLAGS and flags[name] != value:
+                raise UserError(f"{where} holds a run with --{name} {flags[name]}, not {value}: give another --output")
+    if config.resume not in ("auto", "never"):
+        return config.resume
+    for folder in checkpoints:
+        if read_manifest(folder):
+            return str(folder)
+        print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
+
+
+def write_run(config: Config) -> None:
+    """Write run.json: flags, versions, git commit, device, processes and command line of the last start."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
+    with blame(f"--output {config.output} cannot be written"):
+        write_json(Path(config.output, "run.json"), {
+            "config": asdict(config), "versions": versions | {"python": sys.version.split()[0]},
+            "git_commit": git.stdout.strip() or None, "device": str(torch.accelerator.current_accelerator() or "cpu"),
+            "world_size": dist.get_world_size(), "argv": sys.argv})
 
 
 # ---- evaluation and logs
@@ -769,7 +772,8 @@ def evaluate(model: BowMAE, batches: list[dict], device) -> dict:
     """Masked-LM loss (a mean over tokens), bag-of-word loss and term coverage (over windows) on held-out texts."""
     model.eval()
     sums, counts = Counter(), Counter()
-    for batch in (to_device(batch, device) for batch in batches):
+    for batch in batches:
+        batch = batch.to(device)
         values = model(batch, "bow")
         cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]              # (B, D) of the unmasked text
         values["term_coverage"] = term_coverage(mlm_head(model.lm, cls), batch["input_ids"], model.special).mean()
@@ -792,27 +796,17 @@ class MetricsLog:
                 with contextlib.suppress(ValueError):  # a killed run may have torn its last line
                     self.records += [record for record in [json.loads(line)] if record["step"] <= step]
             self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        self.evaluations = [record for record in self.records if "eval_mlm_loss" in record]
         self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=not self.first)
-
-    def evaluations(self) -> list[dict]:
-        """The lines of the evaluations so far."""
-        return [record for record in self.records if "eval_mlm_loss" in record]
 
     def write(self, record: dict) -> None:
         """Append a line; a loss keeps all its digits, and what is no number (a norm that overflowed) is null."""
-        self.records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
-        if self.first:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.records[-1]) + "\n")
-
-    def add(self, step: int, losses: dict, sizes: list[float]) -> None:
-        """Note a step's losses, still on the device, and its tokens, positions, seconds, and seconds of waiting."""
-        self.pending.append((step, losses))
-        self.sizes += sizes
-        self.bar.update()
+        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def flush(self, lr: float, weight: float) -> None:
-        """Read the losses noted since the last call; raises UserError at the first not finite, else logs the last."""
+        """Read the losses of the steps since the last call; raises UserError at one not finite, else logs the last."""
         for step, losses in self.pending:
             losses = {name: value.item() for name, value in losses.items()}
             if not math.isfinite(losses["loss"]):
@@ -821,12 +815,19 @@ class MetricsLog:
         tokens, positions, seconds, waited = self.sizes
         memory = (torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-        self.write({"step": step, **losses, "bow_weight": weight, "lr": lr, "tokens_per_second": tokens / seconds,
-                    "padding_share": 1 - tokens / positions, "data_wait_share": waited / seconds,
-                    "peak_memory_mb": memory})
+        if self.first:
+            self.write({"step": step, **losses, "bow_weight": weight, "lr": lr, "tokens_per_second": tokens / seconds,
+                        "padding_share": 1 - tokens / positions, "data_wait_share": waited / seconds,
+                        "peak_memory_mb": memory})
         shown = {name: f"{value:.3f}" for name, value in losses.items() if name.endswith("_loss")}
         self.bar.set_postfix(shown | {"tokens/s": f"{tokens / seconds:,.0f}"})
         self.pending, self.sizes = [], np.zeros(4)
+
+    def evaluate(self, step: int, model: BowMAE, batches: list[BatchEncoding]) -> None:
+        """Log the losses and the term coverage on the held-out texts, if there are any."""
+        if self.first and batches:
+            self.evaluations.append({"step": step} | evaluate(model, batches, self.device))
+            self.write(self.evaluations[-1])
 
 
 # ---- training loop
@@ -841,19 +842,6 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """The micro-batch with its tensors on the device."""
-    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()}
-
-
-def quiet_worker(_) -> None:
-    """Leave signals to the training process, which ends its loaders itself; one core for the tokenizer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
 def train_step(ddp, optimizer, scaler, batches: list[dict], terms: dict, lr: float, weight: float, device, dtype) -> dict:
     """One optimizer step on this process's micro-batches; terms are the step's counts over all processes.
 
@@ -864,7 +852,7 @@ def train_step(ddp, optimizer, scaler, batches: list[dict], terms: dict, lr: flo
         torch.manual_seed(batch["seed"])  # the dropout, too, is a function of (seed, step, part)
         with ddp.no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = ddp(to_device(batch, device))
+                losses = ddp(batch.to(device, non_blocking=True))
             # means over the whole step: each micro-batch counts by its share of the terms; DDP divides by the processes
             shares = {name: loss * (batch["terms"][name] / terms[name]) for name, loss in losses.items()}
             loss = sum(share * (weight if name == "bow_loss" else 1.0) for name, share in shares.items())
@@ -905,16 +893,16 @@ def load_training(config: Config, checkpoint: str | None, tokenizer, device):
 def train(config: Config, device: torch.device) -> None:
     """Pre-train to --steps, from the newest checkpoint in --output or from the start; the model is left in --output."""
     rank, world_size, output = dist.get_rank(), dist.get_world_size(), Path(config.output)
-    checkpoint = on_first(prepare_output, config)
+    checkpoint = on_first(find_checkpoint, config)
     tokenizer = on_first(load_tokenizer, config, checkpoint)
     model, optimizer, scaler, step, positions = together(load_training, config, checkpoint, tokenizer, device)
     ddp = DistributedDataParallel(torch.compile(model) if config.compile else model, gradient_as_bucket_view=True)
     dtype, share = compute_dtype(config.precision, device), config.parts // world_size
     stream = PretrainingStream(config, tokenizer, range(rank * share, (rank + 1) * share), positions, step + 1)
     held_out = on_first(held_out_batches, config, tokenizer, stream.tables)
-    loader = iter(torch.utils.data.DataLoader(
-        stream, batch_size=None, num_workers=math.gcd(config.workers, share), pin_memory=device.type == "cuda",
-        worker_init_fn=quiet_worker))
+    on_first(write_run, config)
+    loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=device.type == "cuda",
+                                              num_workers=config.workers and math.gcd(config.workers, share)))
 
     def save():
         places = [None] * world_size
@@ -932,8 +920,8 @@ def train(config: Config, device: torch.device) -> None:
         tqdm.write(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = {share} x "
                    f"{config.micro_batch_size} on {world_size} process(es) | {config.steps} steps of up to "
                    f"{config.batch_size * config.max_length:,} tokens | {device} {dtype}")
-        if not log.evaluations():
-            log.write({"step": step} | evaluate(model, held_out, device))
+    if not log.evaluations:
+        log.evaluate(step, model, held_out)
     while step < config.steps and not leaving:
         step, began = step + 1, time.perf_counter()
         batches = list(islice(loader, share))
@@ -947,12 +935,14 @@ def train(config: Config, device: torch.device) -> None:
         lr, weight = schedule(config, step)
         losses = train_step(ddp, optimizer, scaler, batches, dict(zip(LOSSES, terms)), lr, weight, device, dtype)
         positions |= {batch["part"]: batch["position"] for batch in batches}
-        log.add(step, losses, [tokens, places, time.perf_counter() - began, waited])
+        log.pending.append((step, losses))
+        log.sizes += tokens, places, time.perf_counter() - began, waited
+        log.bar.update()
         saves = leaving or step == config.steps or step % config.save_every == 0
         if saves or step % config.log_every == 0:
             together(log.flush, lr, weight)
-        if rank == 0 and (step == config.steps or step % config.eval_every == 0):
-            log.write({"step": step} | evaluate(model, held_out, device))
+        if step == config.steps or step % config.eval_every == 0:
+            log.evaluate(step, model, held_out)
         if saves:
             save()
     log.bar.close()
@@ -972,9 +962,11 @@ def finish(config: Config, lm, tokenizer, log: MetricsLog) -> None:
         for file in [path for path in folder.rglob("*") if path.is_file()]:
             file.replace(output / file.relative_to(folder))
         shutil.rmtree(folder)
-    print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
-    for name in ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"):
-        print(f"{name[5:]:<16}" + "".join(f"{record[name]:>10.4f}" for record in log.evaluations()[:: max(len(log.evaluations()) - 1, 1)]))
+    if log.evaluations:
+        before, after = log.evaluations[0], log.evaluations[-1]
+        print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
+        for name in ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"):
+            print(f"{name[5:]:<16}{before[name]:>10.4f}{after[name]:>10.4f}")
     print(f"model saved in {output}")
 
 

@@ -1,0 +1,942 @@
+# SPDX-License-Identifier: MIT
+"""Tests of bow_mae.py, to be read as its documentation. They need no network and no GPU.
+
+    pip install -r requirements.txt pytest
+    pytest test_bow_mae.py
+Most runs are `bow_mae.main([...])` in this process, of a tiny model on a made-up corpus. Those of several
+processes, and those that are killed, are started as a user starts them. All files go to temporary folders.
+"""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+CACHE = tempfile.TemporaryDirectory(prefix="test_bow_mae_")  # the libraries read these when they are imported
+os.environ |= {"HF_HOME": CACHE.name, "HF_DATASETS_CACHE": CACHE.name, "HF_HUB_OFFLINE": "1",
+               "OMP_NUM_THREADS": "1"}
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import bow_mae
+from bow_mae import BowMAE, Config, PretrainingStream, bow_loss, special_table, term_coverage
+
+torch.set_num_threads(1)
+SCRIPT = Path(bow_mae.__file__).resolve()
+SMALL = ("--model tiny --max_length 32 --steps 20 --batch_size 8 --micro_batch_size 4 --workers 0 "
+         "--precision fp32 --lr 2e-3 --lr_final_ratio 0.1 --warmup_steps 4 --bow_weight 1 "
+         "--bow_weight_final 0.1 --log_every 1 --save_every 5 --keep 2 --eval_every 10").split()
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = ["".join(pair) for pair in itertools.product("ba ke di lo mu sta pri ven tor gal".split(), repeat=2)]
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def held_out(text):
+    """Whether a text is kept for evaluation."""
+    return zlib.crc32(text.encode()) % 1000 == 0
+
+
+def make_texts(count, seed=0, evaluated=12, longest=40):
+    """Texts of random words; the first `evaluated` end with three words that make them held-out ones."""
+    rng, texts = random.Random(seed), []
+    for i in range(count):
+        text = " ".join(rng.choices(WORDS, k=rng.randint(3, longest)))
+        ends = itertools.product(WORDS, repeat=3) if i < evaluated else []
+        texts.append(next((new for end in ends if held_out(new := f"{text} {' '.join(end)}")), text))
+    return texts
+
+
+def write_jsonl(path, texts):
+    """A corpus with one {"title": "a", "text": ...} a line; returns its --data."""
+    Path(path).write_text("".join(json.dumps({"title": "a", "text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def main(*flags):
+    """A run of SMALL in this process, which then has its signal handlers back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        bow_mae.main([*SMALL, *map(str, flags)])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def error_of(capfd, *flags):
+    """The line "error: ..." of a run that ends with exit code 2, and how many lines stderr has."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(*flags)
+    lines = capfd.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1, lines
+    return errors[0], len(lines)
+
+
+def run(*flags, processes=1, code=None, **options):
+    """A run of SMALL in processes of its own, by `python` or `torchrun`; `code` replaces the script."""
+    start = [sys.executable, "-c", code] if code else [sys.executable, str(SCRIPT), *SMALL]
+    if processes > 1:
+        start[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    options = {"cwd": CACHE.name, "env": os.environ | {"PYTHONPATH": str(SCRIPT.parent)}} | options
+    return subprocess.run([*start, *map(str, flags)], capture_output=True, text=True, timeout=200, **options)
+
+
+def run_with_signal(number, event, name, count, *flags):
+    """A run of SMALL that gets a signal the count-th time that it opens, or renames, a file of this name."""
+    code = """if True:
+        import os, sys, bow_mae
+        number, event, name, count = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+        def hook(what, args):
+            global count
+            if what == event and name in " ".join(map(str, args)):
+                count -= 1
+                if count == 0:
+                    os.kill(os.getpid(), number)
+        sys.addaudithook(hook)
+        bow_mae.main(sys.argv[5:])
+        """
+    return run(number.value, event, name, count, *SMALL, *flags, code=code)
+
+
+def records(output, field):
+    """The records of metrics.jsonl that have a field."""
+    lines = Path(output, "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if field in record]
+
+
+def losses(output):
+    """{step: (loss, mlm_loss, bow_loss)}, as logged."""
+    return {row["step"]: (row["loss"], row["mlm_loss"], row["bow_loss"]) for row in records(output, "loss")}
+
+
+def same_weights(one, other):
+    """Whether two saved models are equal bit for bit."""
+    one, other = (load_file(Path(output, "model.safetensors")) for output in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def same_run(one, other):
+    """Whether two runs have the same losses, evaluations and weights, bit for bit."""
+    evaluations = [records(output, "eval_mlm_loss") for output in (one, other)]
+    return losses(one) == losses(other) and evaluations[0] == evaluations[1] and same_weights(one, other)
+
+
+def close(one, other, tolerance=1e-4):
+    """Whether two runs have the same losses at each step, but for this share of them."""
+    one, other = losses(one), losses(other)
+    return one.keys() == other.keys() and all(one[i] == pytest.approx(other[i], rel=tolerance) for i in one)
+
+
+def word_tokenizer(words):
+    """A WordPiece tokenizer of these words and pieces."""
+    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate([*SPECIALS, *words])})
+
+
+def read_epochs(config, tokenizer, count=1):
+    """The batches of the first epochs of all parts, as (epoch, batch)."""
+    done = set()
+    for batch in PretrainingStream(config, tokenizer, range(config.parts), {}, 1):
+        assert isinstance(batch, dict), batch
+        done |= {batch["part"]} if batch["position"][0] >= count else set()
+        if len(done) == config.parts:
+            return
+        if batch["part"] not in done:
+            yield batch["position"][0], batch
+
+
+def windows_of(batch):
+    """The windows of a batch as lists of token ids, without padding."""
+    rows, mask = batch["input_ids"], batch["attention_mask"]
+    mask = torch.ones_like(rows) if mask is None else mask
+    return [row[keep].tolist() for row, keep in zip(rows, mask.bool())]
+
+
+def texts_of(config, tokenizer):
+    """The windows of an epoch as texts, sorted."""
+    return sorted(tokenizer.decode(window[1:-1]) for _, batch in read_epochs(config, tokenizer)
+                  for window in windows_of(batch))
+
+
+# --------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder for what several tests share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def corpus(folder):
+    """A .jsonl of 600 texts."""
+    return write_jsonl(folder / "corpus.jsonl", make_texts(600))
+
+
+@pytest.fixture(scope="session")
+def trained(folder, corpus):
+    """The unbroken run of SMALL that others are compared with: its output and its model in memory."""
+    made = []
+
+    class Kept(BowMAE):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bow_mae, "BowMAE", Kept)
+        main("--data", corpus, "--output", folder / "unbroken")
+    return folder / "unbroken", made[0]
+
+
+@pytest.fixture
+def unbroken(trained):
+    """The output of the unbroken run."""
+    return trained[0]
+
+
+@pytest.fixture(scope="session")
+def stopped(folder, corpus):
+    """A run of SMALL that gets SIGTERM between steps 5 and 10: its output and how it ended."""
+    flags = "--data", corpus, "--output", folder / "stopped", "--workers", 1
+    return folder / "stopped", run_with_signal(signal.SIGTERM, "open", "metrics.jsonl", 9, *flags)
+
+
+@pytest.fixture
+def unfinished(unbroken, tmp_path):
+    """A copy of the unbroken run as it was before its model was written, with checkpoints 15 and 20."""
+    shutil.copytree(unbroken, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    return tmp_path / "out"
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def test_bow_loss_and_its_gradient_are_those_of_a_loop():
+    """-1/|T| Σ log softmax, with repeats, special tokens (ids 0 to 2), and a last sequence of these alone."""
+    torch.manual_seed(0)
+    logits, input_ids = (torch.randn(5, 50) * 3).requires_grad_(), torch.randint(0, 20, (5, 30))
+    input_ids[-1] = torch.randint(0, 3, (30,))
+    looped = torch.tensor(0.0)
+    for row, ids in zip(logits, input_ids.tolist()):
+        terms = {i for i in ids if i > 2}
+        for term in terms:
+            looped = looped - (row[term] - row.exp().sum().log()) / len(terms) / 5
+    loss = bow_loss(logits, input_ids, torch.arange(50) < 3)
+    torch.testing.assert_close(loss, looped)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, looped)))
+
+
+def test_an_empty_bag_counts_nothing_and_divides_by_nothing():
+    logits = torch.randn(2, 8, requires_grad=True)
+    loss = bow_loss(logits, torch.zeros(2, 4, dtype=torch.long), torch.arange(8) < 1)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.abs().sum() == 0
+
+
+def test_bow_loss_of_bfloat16_logits_is_computed_in_float32():
+    logits, rest = torch.randn(2, 50).bfloat16(), (torch.randint(0, 50, (2, 9)), torch.arange(50) < 3)
+    loss = bow_loss(logits, *rest)
+    assert loss.dtype == torch.float32 and torch.equal(loss, bow_loss(logits.float(), *rest))
+
+
+def test_term_coverage_by_hand():
+    special = torch.tensor([True, True, False, False, False, False])
+    input_ids = torch.tensor([[0, 2, 3, 3, 1], [0, 2, 3, 4, 1], [0, 2, 2, 2, 1], [0, 1, 1, 1, 1]])
+    logits = torch.tensor([[0.0, 0, 5, 1, 4, 0],    # T = {2, 3}, the top 2 are {2, 4}: 1/2
+                           [9.0, 0, 5, 6, 4, 0],    # T = {2, 3, 4}, the top 3 are {0, 3, 2}: 2/3
+                           [0.0, 0, 5, 1, 4, 0],    # T = {2}, the top 1 is {2}: 1
+                           [0.0, 0, 5, 1, 4, 0]])   # T is empty: 0
+    assert term_coverage(logits, input_ids, special).tolist() == pytest.approx([1 / 2, 2 / 3, 1, 0])
+
+
+# ---------------------------------------------------------------------------------------------------- masking
+
+
+def mask(tokenizer, input_ids, ratio=0.3, seed=0):
+    """Masked ids and the chosen positions."""
+    tables = special_table(tokenizer, len(tokenizer)), bow_mae.word_table(tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    return bow_mae.whole_word_mask(input_ids, *tables, tokenizer.mask_token_id, ratio, generator)
+
+
+@pytest.fixture(scope="module")
+def masked():
+    """200 draws over 300 words of one to three pieces, then 50 of padding.
+
+    Returns the tokenizer, input_ids, masked_ids, chosen, and the word of each token.
+    """
+    tokenizer, rng = word_tokenizer([*WORDS, *(f"##{word}" for word in WORDS)]), random.Random(0)
+    text = " ".join("".join(rng.choices(WORDS, k=rng.randint(1, 3))) for _ in range(300))
+    encoded = tokenizer(text)
+    input_ids = torch.tensor([encoded.input_ids + [tokenizer.pad_token_id] * 50]).expand(200, -1)
+    return tokenizer, input_ids, *mask(tokenizer, input_ids), encoded.word_ids()
+
+
+def test_30_percent_of_the_words_are_masked(masked):
+    *_, chosen, words = masked
+    first = [i for i, word in enumerate(words) if word is not None and word != words[i - 1]]
+    assert len(first) == 300 and chosen[:, first].float().mean().item() == pytest.approx(0.3, abs=0.005)
+
+
+def test_of_the_masked_tokens_80_become_mask_10_random_10_stay(masked):
+    tokenizer, input_ids, masked_ids, chosen, _ = masked
+    before, after = input_ids[chosen], masked_ids[chosen]
+    assert (after == tokenizer.mask_token_id).float().mean().item() == pytest.approx(0.8, abs=0.01)
+    assert (after == before).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(masked_ids[~chosen], input_ids[~chosen])
+
+
+def test_special_tokens_are_neither_masked_nor_drawn(masked):
+    tokenizer, input_ids, masked_ids, chosen, _ = masked
+    drawn = masked_ids[chosen & (masked_ids != tokenizer.mask_token_id)]
+    assert not chosen[torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))].any()
+    assert len(drawn) > 1000 and not torch.isin(drawn, torch.tensor(tokenizer.all_special_ids)).any()
+
+
+def test_at_least_one_word_of_each_sequence_is_masked():
+    tokenizer = word_tokenizer(WORDS)
+    input_ids = torch.tensor(tokenizer([WORDS[0], " ".join(WORDS[:9])], padding=True).input_ids)
+    assert mask(tokenizer, input_ids, ratio=0.001)[1].sum(1).tolist() == [1, 1]
+
+
+def test_masks_are_a_function_of_the_generator(masked):
+    tokenizer, input_ids, masked_ids, *_ = masked
+    assert torch.equal(mask(tokenizer, input_ids)[0], masked_ids)
+    assert not torch.equal(mask(tokenizer, input_ids, seed=1)[0], masked_ids)
+
+
+TOKENIZERS = {
+    "WordPiece": (models.WordPiece(unk_token="[UNK]"), pre_tokenizers.BertPreTokenizer(), None,
+                  trainers.WordPieceTrainer(vocab_size=140, special_tokens=SPECIALS)),
+    "SentencePiece": (models.Unigram(), pre_tokenizers.Metaspace(), None,
+                      trainers.UnigramTrainer(vocab_size=140, special_tokens=SPECIALS, unk_token="[UNK]")),
+    "byte-level BPE": (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(),
+                       trainers.BpeTrainer(vocab_size=360, special_tokens=SPECIALS,
+                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet())),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_pieces_of_a_word_are_masked_together_by_any_tokenizer(kind):
+    """Over 400 draws, neighbours in a word (see `word_ids`) are chosen alike, those of two words are not."""
+    model, splitter, decoder, trainer = TOKENIZERS[kind]
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = splitter
+    if decoder:
+        backend.decoder = decoder
+    backend.train_from_iterator([*make_texts(200), *["x, (x 2024) x! (x 3.5); — x"] * 300], trainer)
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]",
+                                        cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    encoded = tokenizer("bakelodi stapri, (galvenmu 2024) pristagal; x — baba! galgaltor 3.5 ke")
+    chosen = mask(tokenizer, torch.tensor([encoded.input_ids]).expand(400, -1))[1]
+    neighbours = [(i - 1, i) for i in range(2, len(encoded.input_ids) - 1)]
+    alike = [torch.equal(chosen[:, i], chosen[:, j]) for i, j in neighbours]
+    assert alike == [encoded.word_ids()[i] == encoded.word_ids()[j] for i, j in neighbours]
+    assert sum(alike) > 5 and not all(alike)
+
+
+# ------------------------------------------------------------------------------------------------------ model
+
+TINY = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64}
+IDS = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+FAMILIES = {
+    "BERT": transformers.BertConfig(**TINY),
+    "RoBERTa": transformers.RobertaConfig(**TINY),
+    "XLM-R": transformers.XLMRobertaConfig(**TINY),
+    "DistilBERT": transformers.DistilBertConfig(vocab_size=200, dim=32, hidden_dim=64, n_layers=2, n_heads=2),
+    "ModernBERT": transformers.ModernBertConfig(**TINY, **IDS),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_at_chosen_positions_are_the_full_logits(family):
+    torch.manual_seed(0)
+    lm = AutoModelForMaskedLM.from_config(FAMILIES[family]).eval()
+    for parameter in lm.parameters():  # biases too, which begin at 0
+        torch.nn.init.normal_(parameter, std=0.1)
+    input_ids, chosen = torch.randint(5, 200, (3, 12)), torch.rand(3, 12) < 0.3
+    logits = bow_mae.mlm_head(lm, lm.base_model(input_ids).last_hidden_state[chosen])
+    torch.testing.assert_close(logits, lm(input_ids).logits[chosen], atol=1e-6, rtol=0)
+
+
+def random_model(objective):
+    """A random BERT with an objective."""
+    torch.manual_seed(0)
+    lm = AutoModelForMaskedLM.from_config(FAMILIES["BERT"])
+    config = Config(objective=objective, max_length=32)
+    return BowMAE(lm, config, special_table(word_tokenizer(WORDS), 200)).eval()
+
+
+@pytest.fixture
+def batch(corpus):
+    """A micro-batch with padding."""
+    config = Config(data=corpus, max_length=32, batch_size=8, micro_batch_size=8)
+    batches = read_epochs(config, word_tokenizer(WORDS))
+    return next(batch for _, batch in batches if batch["attention_mask"] is not None)
+
+
+def test_mlm_loss_is_that_of_transformers(batch):
+    model, labels = random_model("bow"), torch.full_like(batch["input_ids"], -100)
+    labels.view(-1)[batch["chosen"]] = batch["input_ids"].view(-1)[batch["chosen"]]
+    theirs = model.lm(batch["masked_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+    torch.testing.assert_close(model(batch)["mlm_loss"], theirs)
+
+
+def test_bow_loss_is_between_the_cls_vector_of_the_masked_text_and_the_unmasked_words(batch):
+    model = random_model("bow")
+    logits = model.lm(batch["masked_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    torch.testing.assert_close(model(batch)["bow_loss"], bow_loss(logits, batch["input_ids"], model.special))
+
+
+def test_bow_adds_no_parameter_and_enhanced_does():
+    mlm, bow, enhanced = (sum(parameter.numel() for parameter in random_model(objective).parameters())
+                          for objective in ("mlm", "bow", "enhanced"))
+    assert mlm == bow < enhanced
+
+
+def test_the_enhanced_decoder_does_not_see_the_token_it_predicts():
+    """What position i gives depends on the embeddings of about half of the others, and not on that of i."""
+    embeddings = torch.randn(8, 16, 32, requires_grad=True)
+    decoded = random_model("enhanced").decoder(torch.randn(8, 32), embeddings, None)
+    gradients = [torch.autograd.grad(decoded[:, i].square().sum(), embeddings, retain_graph=True)[0]
+                 for i in range(1, 16)]
+    seen = torch.stack(gradients, 1)[:, :, 1:].any(3)                                      # (B, L-1, L-1)
+    itself = torch.eye(15, dtype=torch.bool).expand(8, -1, -1)
+    assert not seen[itself].any() and seen[~itself].float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("objective, logged", [
+    ("mlm", {"mlm_loss"}), ("enhanced", {"mlm_loss", "enhanced_loss"})])
+def test_a_baseline_logs_its_losses_and_saves_the_same_model(objective, logged, unbroken, corpus, tmp_path):
+    main("--data", corpus, "--output", tmp_path / "out", "--objective", objective, "--steps", 2)
+    ours, theirs = (load_file(output / "model.safetensors") for output in (unbroken, tmp_path / "out"))
+    assert {name: ours[name].shape for name in ours} == {name: theirs[name].shape for name in theirs}
+    assert {name for name in records(tmp_path / "out", "loss")[0] if name.endswith("_loss")} == logged
+
+
+def test_learning_rate_and_bow_weight_follow_the_cosine(unbroken):
+    """SMALL: a peak of 2e-3 at step 4, then a cosine to 2e-4 at step 20; λ from 1 to 0.1 over the 20 steps."""
+    rows = {row["step"]: row for row in records(unbroken, "lr")}
+    up, down = 1 + math.sqrt(0.5), 1 - math.sqrt(0.5)  # 1 + cos at a quarter and at three quarters
+    rates = {1: 5e-4, 2: 1e-3, 4: 2e-3, 8: 2e-4 + 9e-4 * up, 12: 1.1e-3, 16: 2e-4 + 9e-4 * down, 20: 2e-4}
+    weights = {5: 0.1 + 0.45 * up, 10: 0.55, 15: 0.1 + 0.45 * down, 20: 0.1}
+    assert {step: rows[step]["lr"] for step in rates} == pytest.approx(rates)
+    assert {step: rows[step]["bow_weight"] for step in weights} == pytest.approx(weights)
+
+
+def test_the_loss_is_mlm_plus_weighted_bow(unbroken):
+    for row in records(unbroken, "loss"):
+        assert row["loss"] == pytest.approx(row["mlm_loss"] + row["bow_weight"] * row["bow_loss"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture(scope="module")
+def named(folder):
+    """9000 texts with a word of their own, two blocks for each of 4 parts: config, tokenizer, texts."""
+    rng = random.Random(1)
+    texts = [" ".join([f"name{i}", *rng.choices(WORDS, k=rng.randint(0, 30))]) for i in range(9000)]
+    data = write_jsonl(folder / "named.jsonl", texts)
+    config = Config(data=data, max_length=64, batch_size=64, micro_batch_size=16)
+    return config, word_tokenizer([*WORDS, *(text.split()[0] for text in texts)]), texts
+
+
+def test_each_text_appears_once_in_each_epoch_and_a_held_out_one_never(named):
+    config, tokenizer, texts = named
+    seen = [[], []]
+    for epoch, batch in read_epochs(config, tokenizer, 2):
+        seen[epoch] += [tokenizer.decode(window[1:-1]) for window in windows_of(batch)]
+    training = Counter(text for text in texts if not held_out(text))
+    assert Counter(seen[0]) == training == Counter(seen[1]) and len(training) < len(texts)
+    assert seen[0] != seen[1]  # the order is another
+
+
+def test_the_micro_batches_of_a_step_are_of_like_length_and_size(named):
+    """At a step the longest windows of the parts differ by at most 3 tokens, where texts differ by 30."""
+    config, tokenizer, _ = named
+    batches = [batch for _, batch in read_epochs(config, tokenizer)]
+    assert [batch["part"] for batch in batches[:512]] == [0, 1, 2, 3] * 128
+    assert {len(batch["input_ids"]) for batch in batches} == {15, 16}
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    steps = [lengths[i : i + 4] for i in range(0, 512, 4)]  # the first block of each part
+    assert max(max(step) - min(step) for step in steps) <= 3
+    assert max(map(max, steps)) - min(map(min, steps)) > 25 and steps != sorted(steps)
+
+
+def test_a_stream_goes_on_from_the_positions_of_its_batches(named):
+    """These are plain data, here of step 150, in the second block; the masks go on too."""
+    config, tokenizer, _ = named
+    batches = list(itertools.islice(PretrainingStream(config, tokenizer, range(4), {}, 1), 4 * 200))
+    positions = json.dumps([(batch["part"], batch["position"]) for batch in batches[4 * 149 : 4 * 150]])
+    again = PretrainingStream(config, tokenizer, range(4), dict(json.loads(positions)), 151)
+    for batch, other in zip(batches[4 * 150 :], again):
+        assert torch.equal(batch["masked_ids"], other["masked_ids"])
+
+
+def test_long_texts_are_cut_into_windows_that_give_them_back():
+    tokenizer, texts = word_tokenizer(WORDS), [" ".join(WORDS[i:] + WORDS[:i]) for i in range(5)]
+    windows = bow_mae.cut_windows(texts, tokenizer, 16)
+    assert {(window[0], window[-1]) for window in windows} == {(2, 3)}  # [CLS], [SEP]
+    assert max(map(len, windows)) == 16
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    assert sum((window[1:-1] for window in windows), []) == sum(ids, [])
+
+
+def test_every_window_of_a_learnt_vocabulary_begins_with_cls_and_ends_with_sep(unbroken, corpus):
+    tokenizer = AutoTokenizer.from_pretrained(unbroken)
+    batches = read_epochs(Config(data=corpus, max_length=64), tokenizer)
+    windows = [window for _, batch in batches for window in windows_of(batch)]
+    assert {(window[0], window[-1]) for window in windows} == {(2, 3)}  # [CLS], [SEP]
+    assert tokenizer.convert_ids_to_tokens([2, 3]) == ["[CLS]", "[SEP]"]
+    assert len(windows) == sum(not held_out(text) for text in make_texts(600))
+
+
+def write_formats(root, texts):
+    """The same texts in each format: a list of --data."""
+    rows = [{"number": i, "text": text} for i, text in enumerate(texts)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    for name in ("folder", "beir"):
+        (root / name).mkdir()
+    (root / "a.jsonl").write_text("".join(lines))
+    (root / "a.json").write_text(json.dumps(rows))
+    (root / "a.txt").write_text("\n".join(texts) + "\n")
+    (root / "a.csv").write_text("number,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts)))
+    (root / "beir" / "corpus.jsonl").write_text("".join(lines))
+    (root / "beir" / "queries.jsonl").write_text('{"text": "ba"}\n')
+    (root / "folder" / "1.jsonl").write_text("".join(lines[:9]))
+    (root / "folder" / "2.jsonl").write_text("".join(lines[9:]))
+    for name in ("a.jsonl", "a.csv", "a.txt"):
+        (root / f"{name}.gz").write_bytes(gzip.compress((root / name).read_bytes()))
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(root / "a.parquet")
+    table.save_to_disk(root / "saved")
+    datasets.DatasetDict({"test": table.select(range(3)), "train": table}).save_to_disk(root / "saved_splits")
+    return [*root.iterdir(), root / "folder" / "*.jsonl"]
+
+
+def test_every_format_gives_the_same_texts(tmp_path):
+    texts = [*make_texts(40, evaluated=0, longest=10), "na", "1", "null"]
+    tokenizer, found = word_tokenizer([*WORDS, "na", "1", "null"]), {}
+    for data in write_formats(tmp_path, texts):
+        found[data.name] = texts_of(Config(data=str(data), batch_size=8, micro_batch_size=4), tokenizer)
+    assert len(found) == 13 and [name for name in found if found[name] != sorted(texts)] == []
+
+
+def test_text_columns_are_joined_and_may_be_null(tmp_path):
+    (tmp_path / "a.jsonl").write_text("""{"title": "ba", "text": "ke di"}\n{"title": null, "text": "lo"}
+        {"title": "", "text": "mu"}\n{"title": "gal", "text": null}\n{"text": "ven"}""")
+    columns, data = ["title", "text"], str(tmp_path / "a.jsonl")
+    config = Config(data=data, text_columns=columns, batch_size=2, micro_batch_size=2)
+    found = texts_of(config, word_tokenizer("ba ke di lo mu gal ven".split()))
+    assert found == ["ba ke di", "gal", "lo", "mu", "ven"]
+
+
+@pytest.mark.parametrize("data, asked", [
+    ("team/name", ("team/name", None, "train")), ("team/name:2023.en", ("team/name", "2023.en", "train")),
+    ("name:config:validation", ("name", "config", "validation")), ("name::test", ("name", None, "test"))])
+def test_a_hub_name_is_streamed(data, asked, monkeypatch):
+    calls = set()
+
+    def load_dataset(path, name=None, *, split=None, streaming=False):
+        calls.add((path, name, split, streaming))
+        return datasets.Dataset.from_dict({"text": ["ba ke", "di lo"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = Config(data=data, batch_size=2, micro_batch_size=2)
+    assert texts_of(config, word_tokenizer("ba ke di lo".split())) == ["ba ke", "di lo"]
+    assert calls == {(*asked, True)}
+
+
+# ------------------------------------------------------------------------------ processes, workers, precision
+
+
+def test_two_processes_give_the_losses_of_one(unbroken, corpus, tmp_path):
+    ended = run("--data", corpus, "--output", tmp_path / "out", processes=2)
+    assert ended.returncode == 0, ended.stderr
+    assert len(losses(unbroken)) == 20 and close(tmp_path / "out", unbroken)
+
+
+def test_two_loader_workers_give_the_losses_of_none(unbroken, corpus, tmp_path):
+    main("--data", corpus, "--output", tmp_path / "out", "--workers", 2)
+    assert same_run(tmp_path / "out", unbroken)
+
+
+def test_without_workers_no_process_is_started(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(BaseProcess, "start", lambda self: pytest.fail("a process was started"))
+    main("--data", corpus, "--output", tmp_path / "out", "--workers", 0, "--steps", 2)
+    with pytest.raises(pytest.fail.Exception):
+        main("--data", corpus, "--output", tmp_path / "other", "--workers", 2, "--steps", 2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_losses_in_half_precision_are_near_those_in_float32(precision, unbroken, corpus, tmp_path):
+    """To 1 part in 1000 at the first step; later less so, as fp16 skips a step when its scale is too high."""
+    main("--data", corpus, "--output", tmp_path / "out", "--precision", precision)
+    assert losses(tmp_path / "out")[1] == pytest.approx(losses(unbroken)[1], rel=1e-3)
+    assert close(tmp_path / "out", unbroken, 0.06) and losses(tmp_path / "out") != losses(unbroken)
+
+
+# ----------------------------------------------------------------------------------- checkpoints and resuming
+
+
+def test_a_killed_run_goes_on_bit_for_bit(unbroken, corpus, tmp_path):
+    """SIGKILL at four moments, each time further on the way that the killed run before it has begun."""
+    for event, name, count in [
+            ("open", "metrics.jsonl", 10),            # between steps 5 and 10
+            ("open", ".saving/trainer_state", 1),     # while a checkpoint is written
+            ("os.rename", "checkpoint-", 1),          # after that, before it has its name
+            ("os.rename", "model.safetensors", 1)]:   # when the trained model takes its place
+        flags = "--data", corpus, "--output", tmp_path / "out", "--workers", 1
+        ended = run_with_signal(signal.SIGKILL, event, name, count, *flags)
+        assert ended.returncode == -signal.SIGKILL, (event, name, ended.stderr)
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+    main("--data", corpus, "--output", tmp_path / "out")
+    assert same_run(tmp_path / "out", unbroken)
+
+
+def test_sigterm_saves_and_leaves_with_a_message(stopped):
+    output, ended = stopped
+    step = max(losses(output))
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert 5 < step < 10 and (output / f"checkpoint-{step}").is_dir()
+    assert f"after step {step}" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(stopped, unbroken, corpus, tmp_path):
+    shutil.copytree(stopped[0], tmp_path / "out")
+    main("--data", corpus, "--output", tmp_path / "out")
+    assert same_run(tmp_path / "out", unbroken)
+
+
+def test_a_run_begun_on_one_process_goes_on_with_two(stopped, unbroken, corpus, tmp_path):
+    shutil.copytree(stopped[0], tmp_path / "out")
+    ended = run("--data", corpus, "--output", tmp_path / "out", processes=2)
+    assert ended.returncode == 0, ended.stderr
+    assert close(tmp_path / "out", unbroken)
+
+
+def test_the_newest_checkpoints_are_kept(unbroken):
+    assert sorted(path.name for path in unbroken.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-20"]
+    assert not (unbroken / ".saving").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt", "trainer_state.json"])
+def test_a_truncated_checkpoint_is_passed_over_with_a_warning(file, unbroken, unfinished, corpus, capfd):
+    torn = unfinished / "checkpoint-20" / file
+    os.truncate(torn, torn.stat().st_size // 2)
+    capfd.readouterr()
+    main("--data", corpus, "--output", unfinished)
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "checkpoint-20" in warnings[0]
+    assert same_run(unfinished, unbroken)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(unbroken, unfinished, corpus):
+    """No file may grow beyond 100 kB, less than the model; once there is room the same command goes on."""
+    shutil.rmtree(unfinished / "checkpoint-20")
+    before = {path: path.read_bytes() for path in (unfinished / "checkpoint-15").glob("*.*")}
+    limit = 100_000, 100_000
+    ended = run("--data", corpus, "--output", unfinished,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 2 and len(errors) == 1 and "checkpoint-20" in errors[0], ended.stderr
+    assert "Traceback" not in ended.stderr and not (unfinished / "checkpoint-20").exists()
+    assert len(before) > 5 and all(path.read_bytes() == content for path, content in before.items())
+    main("--data", corpus, "--output", unfinished)
+    assert same_run(unfinished, unbroken)
+
+
+def test_a_run_may_go_on_in_another_folder(unbroken, corpus, tmp_path):
+    main("--data", corpus, "--output", tmp_path / "out", "--resume", unbroken / "checkpoint-15")
+    assert losses(tmp_path / "out") == {step: loss for step, loss in losses(unbroken).items() if step > 15}
+    assert same_weights(tmp_path / "out", unbroken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(corpus, tmp_path, capfd):
+    message, _ = error_of(capfd, "--data", corpus, "--output", tmp_path / "out", "--lr", 1e30)
+    last = max(losses(tmp_path / "out"))
+    assert f"at step {last + 1}" in message and all(map(math.isfinite, losses(tmp_path / "out")[last]))
+
+
+# ------------------------------------------------------------------------------------------ what a run leaves
+
+
+@pytest.fixture
+def vectors(trained):
+    """Three texts and their [CLS] vectors by the model in memory."""
+    texts, tokenizer = make_texts(3, seed=5, evaluated=0), AutoTokenizer.from_pretrained(trained[0])
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
+    with torch.no_grad():
+        return texts, tokens, trained[1].eval().lm.base_model(**tokens).last_hidden_state[:, 0]
+
+
+def test_transformers_loads_the_trained_model_without_a_warning(unbroken, vectors, capfd, recwarn):
+    capfd.readouterr()
+    transformers.logging.set_verbosity_warning()
+    lm, report = AutoModelForMaskedLM.from_pretrained(unbroken, output_loading_info=True)
+    transformers.logging.set_verbosity_error()
+    assert not any(report.values()) and not recwarn.list and "warn" not in capfd.readouterr().err.lower()
+    _, tokens, expected = vectors
+    with torch.no_grad():
+        found = lm.base_model(**tokens).last_hidden_state[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_the_folder_says_cls_and_dot_product_to_sentence_transformers(unbroken):
+    names = "modules", "1_Pooling/config", "config_sentence_transformers", "sentence_bert_config"
+    modules, pooling, own, module = (json.loads((unbroken / f"{name}.json").read_text()) for name in names)
+    assert [(module["type"].split(".")[-1], module["path"]) for module in modules] == [
+        ("Transformer", ""), ("Pooling", "1_Pooling")]
+    assert pooling["pooling_mode_cls_token"] is True and pooling["word_embedding_dimension"] == 128
+    assert own["similarity_fn_name"] == "dot" and module["max_seq_length"] == 32
+
+
+def test_sentence_transformers_gives_our_vectors(unbroken, vectors):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(str(unbroken), device="cpu")
+    found = model.encode(vectors[0], convert_to_tensor=True)
+    torch.testing.assert_close(found, vectors[2], atol=1e-5, rtol=0)
+    assert model.similarity_fn_name == "dot"
+
+
+def test_metrics_has_the_documented_fields(unbroken):
+    fields = sorted("step loss mlm_loss bow_loss bow_weight lr grad_norm tokens_per_second padding_share "
+                    "data_wait_share peak_memory_mb".split())
+    evaluated = sorted("step eval_mlm_loss eval_bow_loss eval_term_coverage".split())
+    rows = records(unbroken, "step")
+    assert [sorted(row) for row in rows] == [evaluated, *2 * [*[fields] * 10, evaluated]]
+    assert [row["step"] for row in rows] == [*range(11), 10, *range(11, 21), 20]
+    shares = [row[name] for row in records(unbroken, "loss") for name in ("padding_share", "data_wait_share")]
+    assert all(0 <= share < 1 for share in shares) and max(shares) > 0
+
+
+def test_losses_are_logged_with_all_their_digits(unbroken):
+    values = [value for loss in losses(unbroken).values() for value in loss]
+    assert all(torch.tensor(value, dtype=torch.float32).item() == value for value in values)
+
+
+def test_run_json_tells_how_the_run_was_made(unbroken, corpus):
+    content = json.loads((unbroken / "run.json").read_text())
+    flags = [*SMALL, "--data", corpus, "--output", str(unbroken)]
+    git = subprocess.run(["git", "-C", SCRIPT.parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert content.keys() == {"config", "versions", "git_commit", "device", "world_size", "argv"}
+    assert content["config"] == dataclasses.asdict(bow_mae.parse_config(flags))
+    assert content["versions"]["torch"] == torch.__version__ and content["argv"] == sys.argv
+    assert content["git_commit"] == (git.stdout.strip() or None) and content["world_size"] == 1
+
+
+def test_a_run_prints_one_line_before_and_a_table_after(corpus, tmp_path, capfd):
+    capfd.readouterr()
+    main("--data", corpus, "--output", tmp_path / "out", "--steps", 2)
+    first, *_, header, mlm, bow, coverage, saved = capfd.readouterr().out.splitlines()
+    for part in ("bow", "parameters", "8 windows", "2 steps", "256 tokens", "float32"):
+        assert part in first
+    assert header.split() == ["held-out", "before", "after"] and str(tmp_path / "out") in saved
+    for line, name in ((mlm, "mlm_loss"), (bow, "bow_loss"), (coverage, "term_coverage")):
+        values = [f"{row[f'eval_{name}']:.4f}" for row in records(tmp_path / "out", f"eval_{name}")]
+        assert len(values) == 2 and line.split() == [name, *values]
+
+
+def test_help_lists_every_field_with_its_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bow_mae.parse_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name} " in shown and len(field.metadata["help"]) > 5
+        assert " ".join(field.metadata["help"].split())[:40] in shown
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+BAD_FLAGS = {  # what the message must say
+    "--stesp 5": "--stesp",
+    "--objective bag": "objective",
+    "--steps ten": "steps",
+    "--steps 0": "--steps 0",
+    "--lr nan": "--lr",
+    "--mask_ratio 0": "--mask_ratio",
+    "--mask_ratio 1": "--mask_ratio",
+    "--mask_ratio -0.5": "--mask_ratio",
+    "--micro_batch_size 3": "--batch_size 8 is not a multiple of --micro_batch_size 3",
+    "--data nowhere.jsonl": "nowhere.jsonl",
+    "--data nowhere/*.jsonl": "nowhere/*.jsonl",
+    "--data nobody/nothing": "nobody/nothing",
+    "--data models/short": "models/short",
+    "--text_columns body": "'body', but 'title' 'text'",
+    "--model nobody/nothing": "nobody/nothing",
+    "--model models/short": "--max_length 32",
+    "--model models/headless": "models/headless",
+    "--model models/maskless": "mask",
+    "--model models/clsless": "[CLS]",
+    "--model models/electra": "Electra",
+    "--output good.jsonl/out": "good.jsonl/out",
+    "--output models": "models",
+    "--resume nowhere": "--resume nowhere",
+}
+GOOD = "".join(json.dumps({"title": "a", "text": text}) + "\n" for text in make_texts(50, evaluated=1))
+BAD_FILES = {  # name, content, what the message must say
+    "empty": ("a.jsonl", b"", "a.jsonl: the file is empty"),
+    "malformed": ("a.jsonl", GOOD + '{"text": "ba ke"\n' + GOOD, "a.jsonl, line 51"),
+    "null": ("a.jsonl", GOOD + '{"title": "b", "text": null}\n', "a.jsonl, line 51: column 'text' is null"),
+    "number": ("a.jsonl", GOOD + '{"title": "b", "text": 7}\n', "a.jsonl, line 51: column 'text' is 7"),
+    "list": ("a.jsonl", GOOD + '{"title": "b", "text": ["ba"]}\n', "a.jsonl, line 51"),
+    "nothing": ("a.jsonl", GOOD + '{"title": "b"}\n', "a.jsonl, line 51: column 'text'"),
+    "numbers alone": ("a.jsonl", '{"text": 1}\n{"text": 2}\n', "a.jsonl, line 1: column 'text' is 1"),
+    "no object": ("a.jsonl", GOOD + "[1, 2]\n", "a.jsonl, line 51"),
+    "null in a list": ("a.json", '[\n {"text": "ba"},\n {"text": null}\n]', "a.json"),
+    "latin-1 json": ("a.jsonl", (GOOD + '{"text": "café"}\n').encode("latin-1"), "a.jsonl, line 51"),
+    "latin-1 text": ("a.txt", "ba ke\ncafé\n".encode("latin-1"), "a.txt, line 2"),
+    "latin-1 csv": ("a.csv", "text\ncafé\n".encode("latin-1"), "a.csv, line 2"),
+    "truncated gzip": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-200], "a.jsonl.gz"),
+    "no gzip": ("a.jsonl.gz", GOOD, "a.jsonl.gz"),
+    "no parquet": ("a.parquet", GOOD, "a.parquet"),
+    "unknown format": ("a.pdf", GOOD, "a.pdf"),
+}
+
+
+@pytest.fixture(scope="session")
+def bad_models(folder):
+    """Models that cannot be trained: few positions, no head, no mask token, no [CLS], an unknown head."""
+    bert = transformers.BertConfig(**TINY, max_position_embeddings=20)
+    electra = transformers.ElectraConfig(**TINY, embedding_size=32)
+    vocab = models.WordPiece({word: i for i, word in enumerate([*SPECIALS, *WORDS])}, unk_token="[UNK]")
+    tokens = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    backend = tokenizers.Tokenizer(vocab)
+    maskless = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    clsless = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens, mask_token="[MASK]")
+    for name, model, tokenizer in [
+            ("short", AutoModelForMaskedLM.from_config(bert), word_tokenizer(WORDS)),
+            ("headless", transformers.BertModel(bert), word_tokenizer(WORDS)),
+            ("maskless", AutoModelForMaskedLM.from_config(bert), maskless),
+            ("clsless", AutoModelForMaskedLM.from_config(bert), clsless),
+            ("electra", AutoModelForMaskedLM.from_config(electra), word_tokenizer(WORDS))]:
+        model.save_pretrained(folder / "models" / name)
+        tokenizer.save_pretrained(folder / "models" / name)
+    return folder / "models"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, bad_models):
+    """A current folder with a good corpus and the models above."""
+    monkeypatch.chdir(tmp_path)
+    Path("good.jsonl").write_text(GOOD)
+    Path("models").symlink_to(bad_models)
+    return tmp_path
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS.items(), ids=BAD_FLAGS)
+def test_a_bad_flag_gives_one_line_and_leaves_nothing(flags, message, workplace, capfd):
+    error, lines = error_of(capfd, "--data", "good.jsonl", "--output", "out", *flags.split())
+    assert message in error and lines == 1
+    assert not any(path.is_file() for path in Path("out").rglob("*"))
+
+
+@pytest.mark.parametrize("name, content, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_gives_one_line_and_leaves_nothing(name, content, message, workplace, capfd):
+    Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+    error, lines = error_of(capfd, "--data", name, "--output", "out")
+    assert message in error and lines == 1
+    assert not any(path.is_file() for path in Path("out").rglob("*"))
+
+
+def test_a_corpus_with_fewer_texts_than_parts_is_refused(workplace, capfd):
+    flags = "--data good.jsonl --output out --batch_size 800"
+    assert "200 parts" in error_of(capfd, *flags.split())[0]
+
+
+def test_two_formats_in_a_folder_are_refused(workplace, capfd):
+    Path("other.txt").write_text("ba ke\n")
+    assert "one format" in error_of(capfd, "--data", ".", "--output", "out")[0]
+
+
+def test_a_mended_command_starts_in_the_same_folder(workplace, capfd):
+    error_of(capfd, "--data", "nowhere.jsonl", "--output", "out", "--steps", 2)
+    main("--data", "good.jsonl", "--output", "out", "--steps", 2)
+    assert max(losses("out")) == 2
+
+
+def test_a_corpus_without_held_out_texts_is_trained_on(workplace):
+    texts = [text for text in make_texts(50, evaluated=0) if not held_out(text)]
+    main("--data", write_jsonl("a.jsonl", texts), "--output", "out", "--steps", 2)
+    assert max(losses("out")) == 2 and Path("out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--lr 0.1", "--lr 0.002, not 0.1"), ("--seed 1 --max_length 16", "--max_length 32, not 16"),
+    ("--seed 1 --objective mlm", "--objective bow, not mlm"), ("--resume never", "holds a run")])
+def test_the_folder_of_another_run_is_refused_and_left_alone(flags, message, unbroken, corpus, capfd):
+    before = {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+    error, lines = error_of(capfd, "--data", corpus, "--output", unbroken, *flags.split())
+    assert message in error and lines == 1
+    assert {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()} == before
+
+
+def test_the_checkpoint_of_another_model_is_refused(unbroken, corpus, workplace, capfd):
+    flags = ["--data", corpus, "--output", "out", "--resume", unbroken / "checkpoint-20", "--model", "mini"]
+    assert "--model tiny, not mini" in error_of(capfd, *flags)[0]
+    assert not any(path.is_file() for path in Path("out").rglob("*"))
+
+
+def test_a_bad_line_in_the_middle_of_a_stream_stops_the_run(workplace, monkeypatch, capfd):
+    """Beyond the first 10 MB, which `datasets` parses at once, and the texts that the vocabulary is of."""
+    monkeypatch.setattr(bow_mae, "SAMPLE_BLOCKS", 1)
+    lines = [json.dumps({"text": text, "unused": "x" * 2000}) for text in make_texts(6000, longest=10)]
+    lines[5432] = '{"text": '
+    Path("a.jsonl").write_text("\n".join(lines))
+    flags = "--data a.jsonl --output out --batch_size 128 --micro_batch_size 64 --steps 100"
+    error, _ = error_of(capfd, *flags.split())
+    assert "a.jsonl, line 5433" in error and 5 < max(losses("out")) < 100
+    assert Path(f"out/checkpoint-{max(losses('out')) // 5 * 5}/trainer_state.json").exists()
+
+
+def test_with_two_processes_the_message_appears_once(workplace):
+    ended = run("--data", "good.jsonl", "--output", "out", "--batch_size", 12, processes=2, cwd=workplace)
+    errors = [line for line in ended.stderr.splitlines() if "error: " in line]
+    assert ended.returncode != 0 and len(errors) == 1 and "2 processes" in errors[0], ended.stderr
+
+
+# --------------------------------------------------------------------------------------------------- learning
+
+
+def test_bow_teaches_the_cls_vector_its_words_and_mlm_does_not(tmp_path):
+    """Term coverage of held-out texts of random words, after runs that differ in the objective alone."""
+    corpus, coverage = write_jsonl(tmp_path / "a.jsonl", make_texts(2000, evaluated=20, longest=6)), {}
+    flags = ("--steps 250 --warmup_steps 20 --batch_size 64 --micro_batch_size 64 --log_every 250 "
+             "--save_every 250 --eval_every 250").split()
+    for objective in ("bow", "mlm"):
+        main("--data", corpus, "--output", tmp_path / objective, "--objective", objective, *flags)
+        evaluations = records(tmp_path / objective, "eval_term_coverage")
+        coverage[objective] = [row["eval_term_coverage"] for row in evaluations]
+    assert coverage["bow"][0] == coverage["mlm"][0] < 0.15
+    assert coverage["mlm"][1] < 0.15 and coverage["bow"][1] > 0.3
