@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""BoW-MAE: pre-training for dense retrieval by bag-of-word prediction, with no decoder (SIGIR 2024, arXiv 2401.11248).
+"""BoW-MAE: pre-training for dense retrieval by bag-of-word prediction, without a decoder (arXiv 2401.11248).
 
-A masked language model whose [CLS] vector must also predict, through the model's own masked-LM head, the set of words
-of its input. No parameter is added. This file stands alone when copied; it needs torch, transformers, datasets, numpy.
+A masked language model whose [CLS] vector must also predict, through the model's own masked-LM head, the set
+of words of its input. No parameter is added. This file stands alone when copied; it needs torch,
+transformers, datasets and numpy.
 
-A small BERT from scratch on the documentation of the installed Python packages, on CPU or GPU, without network:
+A small BERT from scratch on the documentation of the installed Python packages, CPU or GPU, no network:
     torchrun bow_mae.py
-The paper's first stage on 8 GPUs (any number of processes, or --nnodes, gives the same batches and the same losses):
+The paper's first stage on 8 GPUs (other numbers of processes, or --nnodes, give the same batches and losses):
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data wikimedia/wikipedia:20231101.en \
-        --max_length 512 --steps 140000 --batch_size 2048 --micro_batch_size 64 --lr 3e-4 --warmup_steps 4000 \
-        --bow_weight 1 --bow_weight_final 0.1 --workers 4 --output out/wikipedia
+        --max_length 512 --steps 140000 --batch_size 2048 --micro_batch_size 64 --lr 3e-4 \
+        --warmup_steps 4000 --bow_weight 1 --bow_weight_final 0.1 --workers 4 --output out/wikipedia
 A run that was stopped or killed goes on where it was when the same command is given again.
 """
 
@@ -33,7 +34,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -49,18 +50,19 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig, BertForMaskedLM, BertTokenizer
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig, BertForMaskedLM
+from transformers import BertTokenizer, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 
 @dataclass
 class Config:
     """Every flag of the command line, with its unit. The defaults are the run of `torchrun bow_mae.py`."""
 
-    data: str = HfArg(default="python-docs", help="python-docs, a file, folder or glob, or a hub name:config:split")
-    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space into a text")
-    model: str = HfArg(default="tiny", help="a masked LM (hub name or folder), or a fresh tiny|mini|small|medium|base")
-    objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's loss, or a baseline's")
+    data: str = HfArg(default="python-docs", help="python-docs, file, folder, glob, or hub name:config:split")
+    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space")
+    model: str = HfArg(default="tiny", help="masked LM (hub name, folder) or new tiny|mini|small|medium|base")
+    objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's, or a baseline")
     max_length: int = HfArg(default=32, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
     bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
@@ -72,25 +74,21 @@ class Config:
     lr_final_ratio: float = HfArg(default=0.1, help="last learning rate over the peak, reached by a cosine")
     warmup_steps: int = HfArg(default=200, help="steps of linear warm-up")
     weight_decay: float = HfArg(default=0.01, help="of AdamW, on matrices alone")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 where it is native")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 if native")
     compile: bool = HfArg(default=False, help="run the model through torch.compile")
     seed: int = HfArg(default=0, help="of the weights, the order of the data, the masks and the dropout")
-    workers: int = HfArg(default=0, help="loader processes of each process, at most one a part; 0: loads by itself")
+    workers: int = HfArg(default=0, help="loader processes of each process, at most one a part; 0: none")
     output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, the logs and the model")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
     keep: int = HfArg(default=2, help="newest checkpoints that stay")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
     eval_every: int = HfArg(default=1000, help="steps between evaluations on the held-out texts")
-    resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a checkpoint folder")
+    resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a folder of one")
 
     @property
     def parts(self) -> int:
-        """Micro-batches in a step, n: micro-batch i of every step comes from part i of the data, 1 text in n."""
+        """Micro-batches in a step, n: micro-batch i of every step is of part i of the data, 1 text in n."""
         return self.batch_size // self.micro_batch_size
-
-
-# no loss depends on these, so they may change between the starts of one run
-FREE_FLAGS = {"workers", "output", "save_every", "keep", "log_every", "eval_every", "resume"}
 
 
 class UserError(Exception):
@@ -105,18 +103,19 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     config = Config(**vars(parser.parse_args(argv)))
-    least = {"max_length": 3} | dict.fromkeys(("lr", "lr_final_ratio", "bow_weight", "bow_weight_final", "warmup_steps",
-                                               "weight_decay", "mask_ratio", "seed", "workers", "compile"), 0)
+    from_zero = {"lr", "lr_final_ratio", "bow_weight", "bow_weight_final", "warmup_steps", "weight_decay",
+                 "mask_ratio", "seed", "workers", "compile"}
     for name, value in asdict(config).items():
-        if isinstance(value, int | float) and not least.get(name, 1) <= value < math.inf:
-            fail(f"--{name} {value} must be a finite number, at least {least.get(name, 1)}")
+        least = 0 if name in from_zero else 3 if name == "max_length" else 1
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            fail(f"--{name} {value} must be a finite number, at least {least}")
     if not 0 < config.mask_ratio < 1:
         fail(f"--mask_ratio {config.mask_ratio} must lie between 0 and 1")
     if config.batch_size % config.micro_batch_size:
-        fail(f"--batch_size {config.batch_size} is not a multiple of --micro_batch_size {config.micro_batch_size}")
+        fail(f"--batch_size {config.batch_size} is no multiple of --micro_batch_size")
     if config.parts % int(os.environ.get("WORLD_SIZE", 1)):
-        fail(f"--batch_size / --micro_batch_size = {config.parts} micro-batches a step cannot be shared evenly by "
-             f"{os.environ['WORLD_SIZE']} processes: change one of the three")
+        fail(f"--batch_size / --micro_batch_size = {config.parts} micro-batches a step cannot be shared by "
+             f"{os.environ['WORLD_SIZE']} processes evenly: change one of the three")
     return config
 
 
@@ -126,15 +125,14 @@ PACKAGES = "python torch pandas sympy numpy transformers networkx datasets huggi
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
 BLOCK_TEXTS = 2048  # texts of a part that are tokenised, shuffled and sorted by length together
 SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabulary and the held-out texts
-# what libraries raise for bad input: StopIteration (in a generator RuntimeError) for an empty file, EOFError and
-# zlib.error for a truncated gzip, ValueError and TypeError for bad records, OSError for files and the network
+# what libraries raise for bad input, among it an empty file (StopIteration, as RuntimeError) and a torn gzip
 READ_ERRORS = (StopIteration, RuntimeError, EOFError, zlib.error, ValueError, TypeError, LookupError, OSError,
                SafetensorError, datasets.exceptions.DatasetsError)
 
 
 @contextlib.contextmanager
 def blame(what: str, files: list[Path] = (), columns: list[str] = ()):
-    """Turn what a library raises into a UserError of one line that says `what`, or the file and line that is bad."""
+    """Turn what a library raises into a UserError of one line: `what`, or the file and line that is bad."""
     try:
         yield
     except READ_ERRORS as error:
@@ -169,7 +167,8 @@ def docstrings(packages: list[str]):
             if {"site-packages", "dist-packages", "test", "tests"} & set(parts):
                 continue
             with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings(action="ignore"):
-                stack = [(".".join(part for part in parts if part not in ("", "__init__")), ast.parse(path.read_bytes()))]
+                tree = ast.parse(path.read_bytes())
+                stack = [(".".join(part for part in parts if part not in ("", "__init__")), tree)]
                 while stack:
                     name, node = stack.pop()
                     stack += [(f"{name}.{child.name}" if isinstance(child, documented) else name, child)
@@ -181,17 +180,18 @@ def docstrings(packages: list[str]):
 
 
 def python_docs() -> datasets.Dataset:
-    """The documentation of the Python standard library and PACKAGES: columns _id, query, text; some 24,000 rows.
+    """The documentation of the Python standard library and PACKAGES: _id, query, text; some 24,000 rows.
 
-    Repeated ids and texts, and queries that name more than one text, are left out; the order is that of a hash, so
-    shuffled once for all. Built in half a minute, then in the cache of `datasets` under a key of the versions.
+    Repeated ids and texts, and queries that name more than one text, are left out; the order is shuffled once
+    for all. Built in half a minute, then read from the cache of `datasets` under a key of the versions.
     """
     version = {name: metadata.version(name) for name in PACKAGES[1:]} | {"python": sys.version.split()[0]}
     packages = [f"{name}=={version[name]}" for name in PACKAGES]
     raw = datasets.Dataset.from_generator(
-        docstrings, gen_kwargs={"packages": packages}, num_proc=2, fingerprint=f"docs-{text_hash(' '.join(packages))}",
-        cache_dir=os.environ.get("HF_DATASETS_CACHE", "out/cache"))
-    table = raw.to_pandas().drop_duplicates("_id").drop_duplicates("text").drop_duplicates("query", keep=False)
+        docstrings, gen_kwargs={"packages": packages}, fingerprint=f"docs-{text_hash(str(packages))}",
+        num_proc=2, cache_dir=os.environ.get("HF_DATASETS_CACHE", "out/cache"))
+    table = raw.to_pandas().drop_duplicates("_id").drop_duplicates("text")
+    table = table.drop_duplicates("query", keep=False)
     table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
     return datasets.Dataset.from_pandas(table, preserve_index=False)
 
@@ -207,42 +207,44 @@ def file_format(path: Path) -> str | None:
 
 
 def find_files(data: str) -> list[Path]:
-    """The local files of --data: a file, a glob's, a BEIR folder's corpus, all of a folder; none for a hub name."""
+    """The local files of --data: of a file, glob or folder (a BEIR folder's corpus); none for a hub name."""
     path = Path(data).expanduser()
     files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     if path.is_dir():
-        files = sorted(path.glob("corpus.jsonl*")) or [file for file in sorted(path.rglob("*")) if file_format(file)]
-    if not files and (path.is_dir() or glob.has_magic(data) or data.startswith((".", "/", "~")) or file_format(path)):
-        raise UserError(f"--data {data}: no such file, or none that ends in {' '.join(FORMATS)} (or .gz after it)")
+        files = sorted(path.glob("corpus.jsonl*")) or [f for f in sorted(path.rglob("*")) if file_format(f)]
+    local = path.is_dir() or glob.has_magic(data) or data.startswith((".", "/", "~")) or file_format(path)
+    if local and not files:
+        raise UserError(f"--data {data}: no such file, or none that ends in {' '.join(FORMATS)} (.gz)")
     for file in files:
         if not file_format(file) or file_format(file) != file_format(files[0]):
-            raise UserError(f"--data {file}: give files of one format of {' '.join(FORMATS)} (or .gz after it)")
+            raise UserError(f"--data {file}: give files of one format of {' '.join(FORMATS)} (.gz)")
         if file.stat().st_size == 0:
             raise UserError(f"--data {file}: the file is empty")
     return files
 
 
 def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
-    """The texts of --data as a stream of Arrow tables, and the local files they come from; UserError without any."""
+    """The texts of --data as a stream of Arrow tables, and the local files they come from, if any."""
     if config.data == "python-docs":
         return python_docs().to_iterable_dataset().with_format("arrow"), []
     saved = any(Path(config.data, name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-    files = [] if saved else find_files(config.data)
-    with blame(f"--data {config.data}" + ("" if saved or files else ", no file here, as a hub dataset"), files, config.text_columns):
+    files, text_columns = [] if saved else find_files(config.data), config.text_columns
+    what = f"--data {config.data}" + ("" if saved or files else ", no file here, as a hub dataset")
+    with blame(what, files, text_columns):
         if saved:
             dataset = datasets.load_from_disk(config.data)
             stream = (dataset["train"] if "train" in dataset else dataset).to_iterable_dataset()
         elif files:  # a cell of a csv is a text, even "1" or "NA"
-            options = {"converters": dict.fromkeys(config.text_columns, str)} if file_format(files[0]) == "csv" else {}
+            csv = {"converters": dict.fromkeys(text_columns, str)} if file_format(files[0]) == "csv" else {}
             stream = datasets.load_dataset(file_format(files[0]), data_files=[str(file) for file in files],
-                                           split="train", streaming=True, **options)
+                                           split="train", streaming=True, **csv)
         else:
             name, subset, split = (config.data.split(":") + ["", ""])[:3]
             stream = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
         columns = stream.column_names or list(next(iter(stream)))
-    for column in config.text_columns:
+    for column in text_columns:
         if column not in columns:
-            raise UserError(f"--text_columns: {config.data} has no column {column!r}, but {' '.join(map(repr, columns))}")
+            raise UserError(f"--text_columns: {config.data} has no column {column!r}, but {columns}")
     return stream.with_format("arrow"), files
 
 
@@ -253,11 +255,11 @@ def read_blocks(stream: datasets.IterableDataset, files: list[Path], config: Con
             columns = [column for column in config.text_columns if column in table.column_names]
             if any("extension" in str(table.schema.field(column).type) for column in columns):
                 raise ValueError("a text column holds other things than text")
-            yield [join_columns(record, config.text_columns) for record in table.select(columns).to_pylist()]
+            yield [join_columns(row, config.text_columns) for row in table.select(columns).to_pylist()]
 
 
 def join_columns(record: dict, columns: list[str]) -> str:
-    """The text of a record: its columns joined by a space. Some may be null or missing, not all; else ValueError."""
+    """A record's text: its columns joined by a space; some may be null or missing; ValueError if all are."""
     values = [record.get(column) for column in columns] if isinstance(record, dict) else [record]
     for column, value in zip(columns, values):
         if not isinstance(value, str | None) or values == [None] * len(values):
@@ -271,8 +273,9 @@ def join_columns(record: dict, columns: list[str]) -> str:
 class PretrainingStream(torch.utils.data.IterableDataset):
     """The micro-batches of some parts of the data, in turn, without end.
 
-    What a part yields depends on (data, seed, step) alone, not on the process that reads it. Each batch carries the
-    position from which its part goes on. A UserError is yielded, so that it comes out of a loader process unchanged.
+    What a part yields depends on (data, seed, step) alone, not on the process that reads it. Each batch has
+    the position from which its part goes on: epoch, block of texts, batches done in it, and the state of
+    `datasets` at its start. A UserError is yielded, so that it comes out of a loader process unchanged.
     """
 
     def __init__(self, config: Config, tokenizer, parts: list[int], positions: dict[int, tuple], step: int):
@@ -287,16 +290,14 @@ class PretrainingStream(torch.utils.data.IterableDataset):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             parts = parts[worker.id :: worker.num_workers]
-        readers = [self.read_part(part) for part in parts]
         try:
-            while True:
-                for reader in readers:
-                    yield next(reader)
+            for batches in zip(*(self.read_part(part) for part in parts)):
+                yield from batches
         except UserError as error:
             yield error
 
     def read_part(self, part: int):
-        """Yield a part's batches from its position: epoch, block, batches done in it, `datasets` state at its start."""
+        """Yield the batches of a part from its position on."""
         config, step = self.config, self.step
         epoch, block, done, state = self.positions.get(part, (0, 0, 0, None))
         source, files = open_stream(config)
@@ -311,25 +312,25 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                 batches = self.cut_block(texts, np.random.default_rng([config.seed, epoch, block]))
                 start = step - done
                 for index in range(len(batches)):
-                    # one draw for all parts of a step: they meet alike lengths, and no process waits for another
+                    # one draw for all parts of a step: they meet alike lengths, no process waits for another
                     draw = np.random.default_rng([config.seed, start + index]).random()
                     windows = batches.pop(int(draw * len(batches)))
                     if index >= done:
-                        seed = hash((config.seed, step, part))  # of integers, so the same on every machine
+                        seed = hash((config.seed, step, part))  # of integers: the same in every process
                         batch = collate(windows, self.tokenizer, self.tables, config.mask_ratio, seed)
                         batch.update(seed=seed, part=part, position=(epoch, block, index + 1, state))
                         yield batch
                         step += 1
                 state, done = stream.state_dict(), 0
             if first_block == 0 and step == first_step:
-                raise UserError(f"--data {config.data} has too few texts for the {config.parts} parts of --batch_size / "
-                                f"--micro_batch_size: lower the first or raise the second")
+                raise UserError(f"--data {config.data} has too few texts for {config.parts} parts: lower "
+                                f"--batch_size or raise --micro_batch_size")
             epoch, block, state = epoch + 1, 0, None
 
     def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
-        """Cut a block's training texts into windows, permuted, sorted by length, in nearly equal micro-batches."""
-        texts = [text for text in texts if text_hash(text) % 1000]
-        windows = cut_windows(texts, self.tokenizer, self.config.max_length)
+        """Cut a block's training texts into windows, permuted, sorted by length, in nearly equal batches."""
+        windows = cut_windows([text for text in texts if text_hash(text) % 1000], self.tokenizer,
+                              self.config.max_length)
         windows = sorted((windows[i] for i in rng.permutation(len(windows))), key=len)
         count = math.ceil(len(windows) / self.config.micro_batch_size)
         return [windows[len(windows) * i // count : len(windows) * (i + 1) // count] for i in range(count)]
@@ -337,46 +338,47 @@ class PretrainingStream(torch.utils.data.IterableDataset):
 
 def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]:
     """Token ids of all windows of the texts: [CLS], 1 to max_length - 2 tokens, [SEP]."""
+    if not texts:
+        return []
     windows = tokenizer(texts, truncation=True, max_length=max_length, return_overflowing_tokens=True,
-                        return_attention_mask=False, return_token_type_ids=False)["input_ids"] if texts else []
+                        return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     return [window for window in windows if len(window) > 2]
 
 
-def collate(windows: list[list[int]], tokenizer, tables: tuple, mask_ratio: float, seed: int) -> BatchEncoding:
-    """A micro-batch of B windows, padded to the longest, L, and masked.
+def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed: int) -> BatchEncoding:
+    """A micro-batch of B windows, padded to the longest, L, and masked: input_ids and masked_ids (B, L).
 
-    Returns input_ids (B, L), masked_ids (B, L), attention_mask (B, L) or None if nothing is padded, chosen (M,) and
-    visible (N,): where in the flattened (B·L) the masked and the not special tokens stand, and the terms of each loss.
+    chosen (M,) and visible (N,) tell where in the flattened (B·L) the masked and the not special tokens are;
+    attention_mask (B, L) is None where nothing is padded; terms counts the terms in the mean of each loss.
     """
-    lengths = torch.tensor([len(window) for window in windows])
+    lengths, pad = torch.tensor([len(window) for window in windows]), tokenizer.pad_token_id
     longest = int(lengths.max())
-    input_ids = torch.tensor([window + [tokenizer.pad_token_id] * (longest - len(window)) for window in windows])
+    input_ids = torch.tensor([window + [pad] * (longest - len(window)) for window in windows])
+    attention_mask = (torch.arange(longest) < lengths[:, None]).long()                 # (B, L)
     generator = torch.Generator().manual_seed(seed)
     masked_ids, chosen = whole_word_mask(input_ids, *tables, tokenizer.mask_token_id, mask_ratio, generator)
     chosen, visible = (where.flatten().nonzero()[:, 0] for where in (chosen, ~tables[0][input_ids]))
     return BatchEncoding({
         "input_ids": input_ids, "masked_ids": masked_ids, "chosen": chosen, "visible": visible,
-        "attention_mask": None if lengths.min() == longest else (torch.arange(longest) < lengths[:, None]).long(),
-        "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)},
-        "tokens": int(lengths.sum()),
-    })
+        "attention_mask": None if attention_mask.all() else attention_mask, "tokens": int(lengths.sum()),
+        "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
 
 
 # ---- masking
 
 
 def special_table(tokenizer, vocab_size: int) -> torch.Tensor:
-    """(V,) bool: the ids that are no words: the tokenizer's special tokens, and ids beyond its vocabulary."""
+    """(V,) bool: the ids that are no words: special tokens, and ids beyond the tokenizer's vocabulary."""
     special = torch.arange(vocab_size) >= len(tokenizer)
     special[tokenizer.all_special_ids] = True
     return special
 
 
 def word_table(tokenizer) -> torch.Tensor:
-    """(2, V): what each token joins to its left and right. It continues a word if its left is the last one's right.
+    """(2, V): what a token joins to its left and right: it continues a word if its left is the last's right.
 
-    WordPiece marks a continuation by `##`, SentencePiece the start of a word by `▁`. Byte-level BPE marks a space by
-    `Ġ` and besides splits, as its pre-tokenizer does, between letters (1), digits (2), white space (3), others (4).
+    WordPiece marks a continuation by `##`, SentencePiece the start of a word by `▁`. Byte-level BPE marks a
+    space by `Ġ` and splits, as its pre-tokenizer does, between letters 1, digits 2, spaces 3 and others 4.
     """
     def kind(character):
         letter = character.isalpha() or character == "\ufffd"  # the second is a byte of a longer character
@@ -398,18 +400,18 @@ def whole_word_mask(input_ids, special, joins, mask_token_id: int, mask_ratio: f
     """Mask a share of the words of each sequence, all pieces of a word together (paper §3.1).
 
     Of the chosen tokens 80 % become [MASK], 10 % a random token that is not special, 10 % stay.
-    input_ids (B, L) long, special (V,) bool, joins (2, V) from `word_table`. Returns masked_ids (B, L) and chosen
-    (B, L) bool. At least one word of a sequence is chosen, special tokens never.
+    input_ids (B, L) long, special (V,) bool, joins (2, V) from `word_table`. Returns masked_ids (B, L) and
+    chosen (B, L) bool. At least one word of a sequence is chosen, special tokens never.
     """
-    is_special = special[input_ids]                                                        # (B, L)
-    left, right = joins[0][input_ids[:, 1:]], joins[1][input_ids[:, :-1]]                  # (B, L-1)
-    starts = F.pad((left != right) | (left == 0), (1, 0), value=True)                      # (B, L)
-    word = starts.long().cumsum(1) - 1                                                     # (B, L) the word of a token
-    is_word = torch.zeros_like(is_special).scatter_(1, word, ~is_special)                  # (B, W), W = L
+    is_special = special[input_ids]                                                    # (B, L)
+    left, right = joins[0][input_ids[:, 1:]], joins[1][input_ids[:, :-1]]              # (B, L-1)
+    starts = F.pad((left != right) | (left == 0), (1, 0), value=True)                  # (B, L)
+    word = starts.long().cumsum(1) - 1                                                 # (B, L) its word
+    is_word = torch.zeros_like(is_special).scatter_(1, word, ~is_special)              # (B, W), W = L
     count = (mask_ratio * is_word.sum(1, keepdim=True)).round().clamp(min=1)
-    draw = torch.rand(input_ids.shape, generator=generator).masked_fill(~is_word, 2)       # (B, W)
-    chosen_word = (draw.argsort(1).argsort(1) < count) & is_word                           # the `count` least draws
-    chosen = chosen_word.gather(1, word)                                                   # (B, L)
+    draw = torch.rand(input_ids.shape, generator=generator).masked_fill(~is_word, 2)   # (B, W)
+    chosen_word = (draw.argsort(1).argsort(1) < count) & is_word                       # `count` least draws
+    chosen = chosen_word.gather(1, word)                                               # (B, L)
 
     draw = torch.rand(input_ids.shape, generator=generator)
     words = (~special).nonzero()[:, 0]
@@ -430,23 +432,23 @@ def bag_of_words(input_ids, special):
 def bow_loss(cls_logits, input_ids, special):
     """L_bow (paper §3.2): the mean over sequences of -1/|T| Σ_{t in T} log softmax(f(h_CLS))_t.
 
-    cls_logits (B, V), input_ids (B, L) of the unmasked text, special (V,) bool. Returns a scalar in float32; a
+    cls_logits (B, V), input_ids (B, L) of the unmasked text, special (V,) bool. Returns a float32 scalar; a
     sequence of special tokens alone counts 0.
     """
-    bag, logits = bag_of_words(input_ids, special), cls_logits.float()                     # (B, V)
-    size = bag.sum(1)                                                                      # (B,) |T|
+    bag, logits = bag_of_words(input_ids, special), cls_logits.float()                 # (B, V)
+    size = bag.sum(1)                                                                  # (B,) |T|
     mean_logit = (logits * bag).sum(1) / size.clamp(min=1)
     return ((logits.logsumexp(1) - mean_logit) * (size > 0)).mean()
 
 
 def term_coverage(cls_logits, input_ids, special):
-    """The share of each text's |T| terms among the |T| highest logits of its [CLS] vector, (B,); 0 without terms.
+    """The share of each text's |T| terms among the |T| highest logits of its [CLS], (B,); 0 without terms.
 
     cls_logits (B, V) and input_ids (B, L) of the unmasked text, special (V,) bool.
     """
-    bag = bag_of_words(input_ids, special)                                                 # (B, V)
-    size = bag.sum(1, keepdim=True)                                                        # (B, 1)
-    top = cls_logits.topk(max(int(size.max()), 1), dim=1).indices                          # (B, K)
+    bag = bag_of_words(input_ids, special)                                             # (B, V)
+    size = bag.sum(1, keepdim=True)                                                    # (B, 1)
+    top = cls_logits.topk(max(int(size.max()), 1), dim=1).indices                      # (B, K)
     hits = bag.gather(1, top) & (torch.arange(top.shape[1], device=top.device) < size)
     return hits.sum(1) / size[:, 0].clamp(min=1)
 
@@ -461,15 +463,15 @@ def mlm_head(lm, hidden):
         return lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden))))
     if hasattr(lm, "head") and hasattr(lm, "decoder"):  # ModernBERT
         return lm.decoder(lm.head(hidden))
-    raise UserError(f"--model: the head of {type(lm).__name__} is not one of BERT, RoBERTa, XLM-R, DistilBERT, ModernBERT")
+    raise UserError(f"--model: {type(lm).__name__} has no head of BERT, RoBERTa, DistilBERT or ModernBERT")
 
 
 class EnhancedDecoder(nn.Module):
-    """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline; its positions are its own, for any encoder.
+    """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline; it has positions of its own.
 
-    The queries are h_CLS + positions, the keys and values h_CLS and the embeddings of the unmasked tokens + positions.
-    Token i sees position 0 and a random half of the others, never itself. This view is one draw on the device; the
-    original draws it in Python loops, where most of its time goes.
+    The queries are h_CLS + positions, the keys and values h_CLS and the embeddings of the unmasked tokens +
+    positions. Token i sees position 0 and a random half of the others, never itself. This view is one draw on
+    the device; the original draws it in Python loops, where most of its time goes.
     """
 
     def __init__(self, width: int, heads: int, max_length: int):
@@ -477,20 +479,21 @@ class EnhancedDecoder(nn.Module):
         self.heads = heads
         self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.norm_query, self.norm_memory, self.norm_attention, self.norm = (nn.LayerNorm(width) for _ in range(4))
+        self.norm_query, self.norm_memory, self.norm_attention, self.norm = map(nn.LayerNorm, [width] * 4)
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, cls, embeddings, attention_mask):
         """cls (B, D), token embeddings (B, L, D), attention_mask (B, L) or None; returns (B, L, D)."""
         batch, length, _ = embeddings.shape
-        queries = self.norm_query(cls[:, None] + self.positions[:length])                  # (B, L, D)
-        memory = self.norm_memory(torch.cat([cls[:, None], embeddings[:, 1:]], 1) + self.positions[:length])
-        view = torch.rand(batch, length, length, device=cls.device) < 0.5                  # (B, L, L)
+        queries = self.norm_query(cls[:, None] + self.positions[:length])              # (B, L, D)
+        memory = torch.cat([cls[:, None], embeddings[:, 1:]], 1) + self.positions[:length]
+        memory = self.norm_memory(memory)                                              # (B, L, D)
+        view = torch.rand(batch, length, length, device=cls.device) < 0.5              # (B, L, L)
         view &= ~torch.eye(length, dtype=torch.bool, device=cls.device)
         view[:, :, 0] = True
         if attention_mask is not None:
             view &= attention_mask[:, None].bool()
-        q, k, v = (layer(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, H, L, D/H)
+        q, k, v = (layer(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (B, H, L, D/H)
                    for layer, rows in ((self.query, queries), (self.key, memory), (self.value, memory)))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=view[:, None])
         hidden = self.norm_attention(queries + self.out(attended.transpose(1, 2).flatten(2)))
@@ -498,31 +501,32 @@ class EnhancedDecoder(nn.Module):
 
 
 class BowMAE(nn.Module):
-    """A masked LM with the losses of an objective: `bow` adds no parameter, `enhanced` a decoder that is not kept."""
+    """A masked LM and the losses of an objective; `bow` adds no parameter, `enhanced` a decoder, not kept."""
 
     def __init__(self, lm, config: Config, special):
         super().__init__()
         self.lm, self.objective = lm, config.objective
         self.register_buffer("special", special, persistent=False)
         if config.objective == "enhanced":
-            self.decoder = EnhancedDecoder(lm.config.hidden_size, lm.config.num_attention_heads, config.max_length)
+            heads = lm.config.num_attention_heads
+            self.decoder = EnhancedDecoder(lm.config.hidden_size, heads, config.max_length)
 
     def encode(self, input_ids, attention_mask):
         """The last hidden states h, (B, L, D), of input_ids (B, L)."""
         return self.lm.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
 
-    def forward(self, batch: dict, objective: str | None = None) -> dict:
-        """The mean of each loss over a micro-batch of `collate`, by name; logits only where a loss needs them."""
+    def forward(self, batch: BatchEncoding, objective: str | None = None) -> dict:
+        """The mean of each loss over a micro-batch, by name; logits are made only where a loss needs them."""
         objective = objective or self.objective
         input_ids, chosen, visible = batch["input_ids"], batch["chosen"], batch["visible"]
-        hidden = self.encode(batch["masked_ids"], batch["attention_mask"])                 # (B, L, D)
-        rows = [hidden.flatten(0, 1)[chosen]]                                              # (M, D)
+        hidden = self.encode(batch["masked_ids"], batch["attention_mask"])             # (B, L, D)
+        rows = [hidden.flatten(0, 1)[chosen]]                                          # (M, D)
         if objective == "bow":
-            rows.append(hidden[:, 0])                                                      # (B, D)
+            rows.append(hidden[:, 0])                                                  # (B, D)
         elif objective == "enhanced":
-            embeddings = self.lm.get_input_embeddings()(input_ids)                         # (B, L, D)
-            decoded = self.decoder(hidden[:, 0], embeddings, batch["attention_mask"])      # (B, L, D)
-            rows.append(decoded.flatten(0, 1)[visible])                                    # (N, D)
+            embeddings = self.lm.get_input_embeddings()(input_ids)                     # (B, L, D)
+            decoded = self.decoder(hidden[:, 0], embeddings, batch["attention_mask"])  # (B, L, D)
+            rows.append(decoded.flatten(0, 1)[visible])                                # (N, D)
         logits = mlm_head(self.lm, torch.cat(rows)).float().split([len(group) for group in rows])
         losses = {"mlm_loss": F.cross_entropy(logits[0], input_ids.flatten()[chosen])}
         if objective == "bow":
@@ -537,7 +541,7 @@ FRESH = {"tiny": (2, 128, 4096), "mini": (4, 256, 8192), "small": (4, 512, 16384
 
 
 def learn_tokenizer(config: Config):
-    """An uncased WordPiece tokenizer with a vocabulary of the first training texts; the same at every call."""
+    """An uncased WordPiece tokenizer with the vocabulary of the first texts; the same at every call."""
     def texts():
         for block in islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS):
             yield from (text for text in block if text_hash(text) % 1000)
@@ -548,8 +552,8 @@ def learn_tokenizer(config: Config):
         characters.update(backend.normalizer.normalize_str(text))
     common = sorted(characters, key=lambda character: (-characters[character], character))[: size // 8]
     alphabet = [character for character in common if not character.isspace()]
-    # the trainer numbers unseen characters in the order of a random hash, so the vocabulary would change from run to
-    # run; it is a function of the texts once all characters, and their continuations, are given
+    # the trainer numbers new characters in the order of a random hash, so the vocabulary would change from
+    # run to run; it is a function of the texts once all characters, and their continuations, are given
     backend.train_from_iterator(texts(), WordPieceTrainer(
         vocab_size=size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False,
         special_tokens=list(tokenizer.get_vocab()) + ["##" + character for character in alphabet]))
@@ -557,43 +561,45 @@ def learn_tokenizer(config: Config):
 
 
 def load_tokenizer(config: Config, checkpoint: str | None):
-    """The tokenizer of a checkpoint or of --model, learnt for a fresh one; raises UserError if it cannot serve."""
+    """The tokenizer of a checkpoint or of --model, learnt for a fresh one; UserError if it cannot serve."""
     if checkpoint is None and config.model in FRESH:
         return learn_tokenizer(config)
     source = checkpoint or config.model
     with blame(f"--model {source}: no such model, or no tokenizer in it"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast or tokenizer.mask_token is None or tokenizer.pad_token is None:
-        raise UserError(f"--model {source}: its tokenizer must be a fast one with a mask token and a padding token")
+        raise UserError(f"--model {source}: its tokenizer must be fast and have a mask and a padding token")
     if tokenizer.cls_token_id is None or tokenizer("a").input_ids[0] != tokenizer.cls_token_id:
-        raise UserError(f"--model {source}: its tokenizer puts no [CLS] first, so there is no vector to train")
+        raise UserError(f"--model {source}: its tokenizer puts no [CLS] first, so no vector would be trained")
     return tokenizer
 
 
 def load_lm(config: Config, checkpoint: str | None, tokenizer):
-    """The masked LM of a checkpoint or of --model, or a fresh BERT; raises UserError if it cannot serve."""
+    """The masked LM of a checkpoint or of --model, or a fresh BERT; UserError if it cannot serve."""
     torch.manual_seed(config.seed)
     source = checkpoint or config.model
     if source in FRESH:
-        layers, width, _ = FRESH[config.model]
+        layers, width, _ = FRESH[source]
         # a standard deviation of 0.05 learns the bag several times faster than the usual 0.02
         lm = BertForMaskedLM(BertConfig(
-            vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-            intermediate_size=4 * width, max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id))
+            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=layers,
+            hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
+            max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     else:
         with blame(f"--model {source} is no masked LM"):
-            lm, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            lm, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32,
+                                                              output_loading_info=True)
         if report["missing_keys"]:
-            raise UserError(f"--model {source} has no masked-LM head: {min(report['missing_keys'])} is missing")
+            raise UserError(f"--model {source} has no masked-LM head: no {min(report['missing_keys'])}")
     mlm_head(lm, torch.zeros(1, lm.config.hidden_size))
     if len(tokenizer) > lm.config.vocab_size:
-        raise UserError(f"--model {source} has {lm.config.vocab_size} embeddings, its tokenizer {len(tokenizer)} tokens")
+        raise UserError(f"--model {source}: {len(tokenizer)} tokens, but {lm.config.vocab_size} embeddings")
     # RoBERTa counts positions from its padding id on
     first = getattr(getattr(lm.base_model, "embeddings", None), "padding_idx", -1) + 1
     if config.max_length > lm.config.max_position_embeddings - first:
-        raise UserError(f"--max_length {config.max_length} is above the {lm.config.max_position_embeddings - first} "
-                        f"positions of --model {config.model}")
+        raise UserError(f"--max_length {config.max_length} is above the "
+                        f"{lm.config.max_position_embeddings - first} positions of --model {config.model}")
     return lm
 
 
@@ -616,7 +622,7 @@ def schedule(config: Config, step: int) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def process_group():
-    """Join the processes of torchrun, or be a group of one; yields the device. CPU tensors always travel by gloo."""
+    """Join the processes of torchrun, or be a group of one; yields the device. CPU tensors travel by gloo."""
     device, backend = torch.accelerator.current_accelerator() or torch.device("cpu"), "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
@@ -626,7 +632,7 @@ def process_group():
     dist.init_process_group(backend, **alone)
     try:
         yield device
-    finally:  # the loaders leave signals to us, and an error holds on to their iterator: end them by hand
+    finally:  # loaders leave signals to us, and an error holds on to their iterator: end them by hand
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
@@ -634,7 +640,7 @@ def process_group():
 
 
 def agree(error: Exception | None = None, numbers=()) -> list[float]:
-    """The sums of numbers over all processes. Where one met an error, its message is shown once and all exit with 2."""
+    """Sum numbers over all processes. Where one met an error, it is shown once and all exit with 2."""
     mine = torch.tensor([error is not None, *numbers], dtype=torch.float64)
     rows = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
@@ -642,7 +648,7 @@ def agree(error: Exception | None = None, numbers=()) -> list[float]:
     if failed:
         if dist.get_rank() == failed[0]:
             tqdm.write(f"error: {error}", file=sys.stderr)
-        dist.all_reduce(mine)  # wait until the message is out: at the first exit torchrun ends the other processes
+        dist.all_reduce(mine)  # wait until it is out: at the first exit torchrun ends the other processes
         sys.exit(2)
     return sum(rows)[1:].tolist()
 
@@ -674,31 +680,31 @@ def write_json(path: Path, content) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def save_model(folder: Path, lm, tokenizer, config: Config) -> None:
-    """Save what AutoModelForMaskedLM, AutoTokenizer and SentenceTransformer ([CLS] vectors, dot product) open."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "1_Pooling").mkdir(parents=True)
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_checkpoint(config: Config, lm, tokenizer, state: dict) -> None:
+    """Write output/checkpoint-STEP whole or not at all; after that drop all but the newest --keep.
+
+    Beside the state it holds what AutoModelForMaskedLM, AutoTokenizer and SentenceTransformer open.
+    """
+    folder, target = Path(config.output, ".saving"), Path(config.output, f"checkpoint-{state['step']}")
     pooler = {} if lm.config.model_type in ("distilbert", "modernbert") else {"add_pooling_layer": False}
-    for name, content in {
-        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                         for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])],
-        "1_Pooling/config.json": {"word_embedding_dimension": lm.config.hidden_size, "pooling_mode_cls_token": True},
-        "sentence_bert_config.json": {"max_seq_length": config.max_length, "do_lower_case": False, "model_args": pooler},
-        "config_sentence_transformers.json": {"similarity_fn_name": "dot"},
-    }.items():
-        write_json(folder / name, content)
-
-
-def save_checkpoint(config: Config, step: int, lm, tokenizer, state: dict) -> None:
-    """Write output/checkpoint-STEP whole or not at all; after that drop all but the newest --keep."""
-    folder, target = Path(config.output, ".saving"), Path(config.output, f"checkpoint-{step}")
-    with blame(f"--output: {target} cannot be written; mend that, and the same command goes on from the last one"):
-        save_model(folder, lm, tokenizer, config)
+    kind = "sentence_transformers.models."
+    with blame(f"--output: {target} cannot be written; mend that; the same command goes on from the last"):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "1_Pooling").mkdir(parents=True)
+        lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "modules.json", [
+            {"idx": 0, "name": "0", "path": "", "type": kind + "Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": kind + "Pooling"}])
+        write_json(folder / "1_Pooling/config.json", {
+            "word_embedding_dimension": lm.config.hidden_size, "pooling_mode_cls_token": True})
+        write_json(folder / "sentence_bert_config.json", {
+            "max_seq_length": config.max_length, "do_lower_case": False, "model_args": pooler})
+        write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "dot"})
         torch.save(state, folder / "training_state.pt")
-        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-        write_json(folder / "trainer_state.json", {"global_step": step, "config": asdict(config), "files": sizes})
+        files = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+        write_json(folder / "trainer_state.json", {
+            "global_step": state["step"], "config": asdict(config), "files": files})
         os.sync()
         shutil.rmtree(target, ignore_errors=True)  # a torn one of this step, which was passed over
         folder.rename(target)
@@ -712,7 +718,7 @@ def list_checkpoints(output: str) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The trainer_state.json of a checkpoint; None where a file is missing or has not the size it was written with."""
+    """The trainer_state.json of a checkpoint; None where a file has not the size it was written with."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         manifest = json.loads((folder / "trainer_state.json").read_text())
         if all((folder / name).stat().st_size == size for name, size in manifest["files"].items()):
@@ -720,23 +726,26 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def find_checkpoint(config: Config) -> str | None:
-    """The checkpoint to go on from, if any; raises UserError where --output or --resume is not this run's."""
+    """The checkpoint to go on from, if any; UserError where --output or --resume is not this run's."""
     output, checkpoints, earlier = Path(config.output), list_checkpoints(config.output), {}
     with blame(f"--output {output} cannot be used"):
         output.mkdir(parents=True, exist_ok=True)
         if (output / "run.json").exists():
             earlier[output] = json.loads((output / "run.json").read_text())["config"]
         if any(output.iterdir()) and (not earlier or config.resume == "never"):
-            raise UserError(f"--output {output} holds {'a run' if earlier else 'files of something else'}: give another")
+            raise UserError(f"--output {output} holds {'a run' if earlier else 'other files'}: give another")
     if config.resume not in ("auto", "never"):
         manifest = read_manifest(Path(config.resume))
         if manifest is None or checkpoints and not checkpoints[0].samefile(config.resume):
-            raise UserError(f"--resume {config.resume} is no whole checkpoint, or --output {output} holds newer ones")
+            raise UserError(f"--resume {config.resume} is no whole checkpoint, or not the newest of --output")
         earlier[config.resume] = manifest["config"]
+    # no loss depends on these, so they may change between the starts of one run
+    free = {"workers", "output", "save_every", "keep", "log_every", "eval_every", "resume"}
     for where, flags in earlier.items():
         for name, value in asdict(config).items():
-            if name not in FREE_FLAGS and flags[name] != value:
-                raise UserError(f"{where} holds a run with --{name} {flags[name]}, not {value}: give another --output")
+            if name not in free and flags[name] != value:
+                raise UserError(f"{where} holds a run with --{name} {flags[name]}, not {value}: "
+                                f"give that, or another --output")
     if config.resume not in ("auto", "never"):
         return config.resume
     for folder in checkpoints:
@@ -745,39 +754,41 @@ def find_checkpoint(config: Config) -> str | None:
         print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
 
 
-def write_run(config: Config) -> None:
-    """Write run.json: flags, versions, git commit, device, processes and command line of the last start."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+def write_run(config: Config, device: torch.device) -> None:
+    """Write run.json: flags, versions, git commit, device, processes and command line of this start."""
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
     with blame(f"--output {config.output} cannot be written"):
         write_json(Path(config.output, "run.json"), {
             "config": asdict(config), "versions": versions | {"python": sys.version.split()[0]},
-            "git_commit": git.stdout.strip() or None, "device": str(torch.accelerator.current_accelerator() or "cpu"),
-            "world_size": dist.get_world_size(), "argv": sys.argv})
+            "git_commit": commit or None, "device": str(device), "world_size": dist.get_world_size(),
+            "argv": sys.argv})
 
 
 # ---- evaluation and logs
 
 
-def held_out_batches(config: Config, tokenizer, tables: tuple) -> list[dict]:
+def held_out_batches(config: Config, tokenizer, tables) -> list[BatchEncoding]:
     """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
     blocks = islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS)
     texts = [text for block in blocks for text in block if text_hash(text) % 1000 == 0]
     windows = sorted(cut_windows(texts, tokenizer, config.max_length)[:1024], key=len)
-    return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i) for i in range(0, len(windows), 64)]
+    return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i)
+            for i in range(0, len(windows), 64)]
 
 
 @torch.no_grad()
-def evaluate(model: BowMAE, batches: list[dict], device) -> dict:
-    """Masked-LM loss (a mean over tokens), bag-of-word loss and term coverage (over windows) on held-out texts."""
+def evaluate(model: BowMAE, batches: list[BatchEncoding], device) -> dict:
+    """Held-out masked-LM loss (a mean over tokens), bag-of-word loss and term coverage (over windows)."""
     model.eval()
     sums, counts = Counter(), Counter()
     for batch in batches:
         batch = batch.to(device)
         values = model(batch, "bow")
-        cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]              # (B, D) of the unmasked text
-        values["term_coverage"] = term_coverage(mlm_head(model.lm, cls), batch["input_ids"], model.special).mean()
-        for name, value in values.items():
+        cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]          # of the unmasked text
+        coverage = term_coverage(mlm_head(model.lm, cls), batch["input_ids"], model.special)
+        for name, value in (values | {"term_coverage": coverage.mean()}).items():
             terms = batch["terms"]["mlm_loss" if name == "mlm_loss" else "bow_loss"]
             sums[f"eval_{name}"] += value.item() * terms
             counts[f"eval_{name}"] += terms
@@ -786,7 +797,7 @@ def evaluate(model: BowMAE, batches: list[dict], device) -> dict:
 
 
 class MetricsLog:
-    """The lines of metrics.jsonl and the progress bar, on the first process; every process checks the losses."""
+    """The lines of metrics.jsonl and the progress bar, of the first process; all check their losses."""
 
     def __init__(self, config: Config, step: int, device: torch.device):
         self.path, self.device, self.records = Path(config.output, "metrics.jsonl"), device, []
@@ -796,38 +807,35 @@ class MetricsLog:
                 with contextlib.suppress(ValueError):  # a killed run may have torn its last line
                     self.records += [record for record in [json.loads(line)] if record["step"] <= step]
             self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        self.evaluations = [record for record in self.records if "eval_mlm_loss" in record]
         self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=not self.first)
 
     def write(self, record: dict) -> None:
-        """Append a line; a loss keeps all its digits, and what is no number (a norm that overflowed) is null."""
-        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append a line, on the first process; what is no number (a norm that overflowed) is null."""
+        self.records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
+        if self.first:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.records[-1]) + "\n")
+
+    def evaluations(self) -> list[dict]:
+        """The evaluations so far."""
+        return [record for record in self.records if "eval_mlm_loss" in record]
 
     def flush(self, lr: float, weight: float) -> None:
-        """Read the losses of the steps since the last call; raises UserError at one not finite, else logs the last."""
+        """Read the losses since the last call; raises UserError at one not finite, else logs the last."""
         for step, losses in self.pending:
             losses = {name: value.item() for name, value in losses.items()}
             if not math.isfinite(losses["loss"]):
-                raise UserError(f"the loss is {losses['loss']} at step {step}; the last checkpoint is whole: lower --lr "
-                                f"or set --precision fp32, with another --output")
+                raise UserError(f"the loss is {losses['loss']} at step {step}; the last checkpoint is whole: "
+                                f"lower --lr or set --precision fp32, with another --output")
         tokens, positions, seconds, waited = self.sizes
         memory = (torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-        if self.first:
-            self.write({"step": step, **losses, "bow_weight": weight, "lr": lr, "tokens_per_second": tokens / seconds,
-                        "padding_share": 1 - tokens / positions, "data_wait_share": waited / seconds,
-                        "peak_memory_mb": memory})
+        self.write({"step": step, **losses, "bow_weight": weight, "lr": lr,
+                    "tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / positions,
+                    "data_wait_share": waited / seconds, "peak_memory_mb": memory})
         shown = {name: f"{value:.3f}" for name, value in losses.items() if name.endswith("_loss")}
         self.bar.set_postfix(shown | {"tokens/s": f"{tokens / seconds:,.0f}"})
         self.pending, self.sizes = [], np.zeros(4)
-
-    def evaluate(self, step: int, model: BowMAE, batches: list[BatchEncoding]) -> None:
-        """Log the losses and the term coverage on the held-out texts, if there are any."""
-        if self.first and batches:
-            self.evaluations.append({"step": step} | evaluate(model, batches, self.device))
-            self.write(self.evaluations[-1])
 
 
 # ---- training loop
@@ -836,44 +844,15 @@ LOSSES = ("mlm_loss", "bow_loss", "enhanced_loss")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that --precision computes in; `auto` is bfloat16 on devices that have it natively, else float32."""
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    """The type that --precision computes in; `auto` is bfloat16 on devices that have it, else float32."""
+    cuda = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
     auto = torch.bfloat16 if native else torch.float32
     return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def train_step(ddp, optimizer, scaler, batches: list[dict], terms: dict, lr: float, weight: float, device, dtype) -> dict:
-    """One optimizer step on this process's micro-batches; terms are the step's counts over all processes.
-
-    Returns the losses of the whole step and the norm of its gradient, by name, as scalars on the device.
-    """
-    total = 0.0
-    for i, batch in enumerate(batches):
-        torch.manual_seed(batch["seed"])  # the dropout, too, is a function of (seed, step, part)
-        with ddp.no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = ddp(batch.to(device, non_blocking=True))
-            # means over the whole step: each micro-batch counts by its share of the terms; DDP divides by the processes
-            shares = {name: loss * (batch["terms"][name] / terms[name]) for name, loss in losses.items()}
-            loss = sum(share * (weight if name == "bow_loss" else 1.0) for name, share in shares.items())
-            scaler.scale(loss * dist.get_world_size()).backward()
-        total = total + torch.stack([loss, *shares.values()]).detach()
-    scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    dist.all_reduce(total)
-    return dict(zip(["loss", *losses], total)) | {"grad_norm": grad_norm}
-
-
 def load_training(config: Config, checkpoint: str | None, tokenizer, device):
-    """Model, AdamW (β₂ of RoBERTa, no decay on biases and norms) and loss scaler, as they were in a checkpoint if any.
-
-    Returns them with the step and the positions of the parts.
-    """
+    """Model, AdamW (β₂ of RoBERTa) and loss scaler, as in the checkpoint if any, its step and positions."""
     lm = load_lm(config, checkpoint, tokenizer)
     model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device)
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix],
@@ -890,50 +869,77 @@ def load_training(config: Config, checkpoint: str | None, tokenizer, device):
     return model, optimizer, scaler, state["step"], state["positions"]
 
 
+def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, weight: float, device, dtype):
+    """One optimizer step on this process's micro-batches; terms are the step's counts over all processes.
+
+    Returns the losses of the whole step and the norm of its gradient, by name, as scalars on the device.
+    """
+    total = 0.0
+    for i, batch in enumerate(batches):
+        torch.manual_seed(batch["seed"])  # the dropout, too, is a function of (seed, step, part)
+        with ddp.no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses = ddp(batch.to(device, non_blocking=True))
+            # means over the whole step: a micro-batch counts by its share of the terms, and DDP divides by
+            # the number of processes
+            shares = {name: loss * (batch["terms"][name] / terms[name]) for name, loss in losses.items()}
+            loss = sum(share * (weight if name == "bow_loss" else 1.0) for name, share in shares.items())
+            scaler.scale(loss * dist.get_world_size()).backward()
+        total = total + torch.stack([loss, *shares.values()]).detach()
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    dist.all_reduce(total)
+    return dict(zip(["loss", *losses], total)) | {"grad_norm": grad_norm}
+
+
+def start_loader(config: Config, tokenizer, positions: dict, step: int, device):
+    """This process's micro-batches without end, and the held-out ones; data that is bad at once ends all."""
+    share = config.parts // dist.get_world_size()
+    parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    stream = PretrainingStream(config, tokenizer, parts, positions, step + 1)
+    loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=device.type == "cuda",
+                                              num_workers=config.workers and math.gcd(config.workers, share)))
+    head = list(islice(loader, share))
+    agree(next((item for item in head if isinstance(item, UserError)), None))
+    return chain(head, loader), on_first(held_out_batches, config, tokenizer, stream.tables)
+
+
 def train(config: Config, device: torch.device) -> None:
-    """Pre-train to --steps, from the newest checkpoint in --output or from the start; the model is left in --output."""
-    rank, world_size, output = dist.get_rank(), dist.get_world_size(), Path(config.output)
+    """Pre-train to --steps, from the newest checkpoint or from the start; the model is left in --output."""
+    first, world_size = dist.get_rank() == 0, dist.get_world_size()
+    dtype = compute_dtype(config.precision, device)
     checkpoint = on_first(find_checkpoint, config)
     tokenizer = on_first(load_tokenizer, config, checkpoint)
     model, optimizer, scaler, step, positions = together(load_training, config, checkpoint, tokenizer, device)
-    ddp = DistributedDataParallel(torch.compile(model) if config.compile else model, gradient_as_bucket_view=True)
-    dtype, share = compute_dtype(config.precision, device), config.parts // world_size
-    stream = PretrainingStream(config, tokenizer, range(rank * share, (rank + 1) * share), positions, step + 1)
-    held_out = on_first(held_out_batches, config, tokenizer, stream.tables)
-    on_first(write_run, config)
-    loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=device.type == "cuda",
-                                              num_workers=config.workers and math.gcd(config.workers, share)))
-
-    def save():
-        places = [None] * world_size
-        dist.all_gather_object(places, positions)
-        state = {"step": step, "positions": {part: place for some in places for part, place in some.items()},
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                 "decoder": model.decoder.state_dict() if config.objective == "enhanced" else {}}
-        on_first(save_checkpoint, config, step, model.lm, tokenizer, state)
-
+    compiled = torch.compile(model) if config.compile else model
+    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    loader, held_out = start_loader(config, tokenizer, positions, step, device)
+    on_first(write_run, config, device)
     stops, leaving, log = [], False, MetricsLog(config, step, device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stops.append(number))
-    if rank == 0:
+    if first:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        tqdm.write(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = {share} x "
-                   f"{config.micro_batch_size} on {world_size} process(es) | {config.steps} steps of up to "
-                   f"{config.batch_size * config.max_length:,} tokens | {device} {dtype}")
-    if not log.evaluations:
-        log.evaluate(step, model, held_out)
+        tqdm.write(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = "
+                   f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
+                   f"steps of up to {config.batch_size * config.max_length:,} tokens | {device} {dtype}")
+        if held_out and not log.evaluations():
+            log.write({"step": step} | evaluate(model, held_out, device))
     while step < config.steps and not leaving:
         step, began = step + 1, time.perf_counter()
-        batches = list(islice(loader, share))
+        batches = list(islice(loader, config.parts // world_size))
         waited = time.perf_counter() - began
         error = next((item for item in batches if isinstance(item, UserError)), None)
         batches = [] if error else batches
-        sums = [sum(count(batch) for batch in batches) for count in (
-            lambda batch: batch["tokens"], lambda batch: batch["input_ids"].numel(),
-            *(lambda batch, name=name: batch["terms"][name] for name in LOSSES))]
-        leaving, tokens, places, *terms = agree(error, [len(stops), *sums])
-        lr, weight = schedule(config, step)
-        losses = train_step(ddp, optimizer, scaler, batches, dict(zip(LOSSES, terms)), lr, weight, device, dtype)
+        sizes = [(batch["tokens"], batch["input_ids"].numel(), *batch["terms"].values()) for batch in batches]
+        leaving, tokens, places, *terms = agree(error, [len(stops), *np.sum([[0] * 5, *sizes], axis=0)])
+        terms, (lr, weight) = dict(zip(LOSSES, terms)), schedule(config, step)
+        losses = train_step(ddp, optimizer, scaler, batches, terms, lr, weight, device, dtype)
         positions |= {batch["part"]: batch["position"] for batch in batches}
         log.pending.append((step, losses))
         log.sizes += tokens, places, time.perf_counter() - began, waited
@@ -941,37 +947,39 @@ def train(config: Config, device: torch.device) -> None:
         saves = leaving or step == config.steps or step % config.save_every == 0
         if saves or step % config.log_every == 0:
             together(log.flush, lr, weight)
-        if step == config.steps or step % config.eval_every == 0:
-            log.evaluate(step, model, held_out)
+        if first and held_out and (step == config.steps or step % config.eval_every == 0):
+            log.write({"step": step} | evaluate(model, held_out, device))
         if saves:
-            save()
+            everyone = [None] * world_size
+            dist.all_gather_object(everyone, positions)
+            decoder = model.decoder.state_dict() if config.objective == "enhanced" else {}
+            on_first(save_checkpoint, config, model.lm, tokenizer, {
+                "step": step, "positions": {part: at for some in everyone for part, at in some.items()},
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "decoder": decoder})
     log.bar.close()
     if step < config.steps:
-        if rank == 0:
-            print(f"stopped by a signal, saved after step {step}: the same command goes on from there", file=sys.stderr)
+        agree()
+        if first:
+            print(f"stopped by a signal, saved after step {step}: the same command goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-    on_first(finish, config, model.lm, tokenizer, log)
+    on_first(finish, config, log)
 
 
-def finish(config: Config, lm, tokenizer, log: MetricsLog) -> None:
-    """Put the model into --output and print what the run changed on the held-out texts."""
-    folder, output = Path(config.output, ".saving"), Path(config.output)
-    with blame(f"--output: the model cannot be written to {output}; mend that, and the same command writes it"):
-        save_model(folder, lm, tokenizer, config)
-        (output / "1_Pooling").mkdir(exist_ok=True)
-        for file in [path for path in folder.rglob("*") if path.is_file()]:
-            file.replace(output / file.relative_to(folder))
-        shutil.rmtree(folder)
-    if log.evaluations:
-        before, after = log.evaluations[0], log.evaluations[-1]
+def finish(config: Config, log: MetricsLog) -> None:
+    """Put the model of the last checkpoint into --output, and print what the run changed."""
+    output, ours = Path(config.output), shutil.ignore_patterns("trainer_state.json", "training_state.pt")
+    with blame(f"--output: the model cannot be written to {output}; mend that and give the command again"):
+        shutil.copytree(list_checkpoints(config.output)[0], output, ignore=ours, dirs_exist_ok=True)
+    if log.evaluations():
         print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
         for name in ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"):
-            print(f"{name[5:]:<16}{before[name]:>10.4f}{after[name]:>10.4f}")
+            before, after = (log.evaluations()[i][name] for i in (0, -1))
+            print(f"{name[5:]:<16}{before:>10.4f}{after:>10.4f}")
     print(f"model saved in {output}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Pre-train with the flags of a command line; exits with 2 and one line on an error that the user can mend."""
+    """Pre-train with the flags of a command line; exits with 2 and one line on an error the user can mend."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
