@@ -234,10 +234,11 @@ def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
         if saved:
             dataset = datasets.load_from_disk(config.data)
             stream = (dataset["train"] if "train" in dataset else dataset).to_iterable_dataset()
-        elif files:  # a cell of a csv is a text, even "1" or "NA"
-            csv = {"converters": dict.fromkeys(text_columns, str)} if file_format(files[0]) == "csv" else {}
-            stream = datasets.load_dataset(file_format(files[0]), data_files=[str(file) for file in files],
-                                           split="train", streaming=True, **csv)
+        elif files:
+            kind, options = file_format(files[0]), {"data_files": [str(file) for file in files]}
+            if kind == "csv":  # a cell is a text, even "1" or "NA"
+                options |= {"converters": dict.fromkeys(text_columns, str), "keep_default_na": False}
+            stream = datasets.load_dataset(kind, split="train", streaming=True, **options)
         else:
             name, subset, split = (config.data.split(":") + ["", ""])[:3]
             stream = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
@@ -916,7 +917,7 @@ def train(config: Config, device: torch.device) -> None:
     checkpoint = on_first(find_checkpoint, config)
     tokenizer = on_first(load_tokenizer, config, checkpoint)
     model, optimizer, scaler, step, positions = together(load_training, config, checkpoint, tokenizer, device)
-    compiled = torch.compile(model) if config.compile else model
+    compiled = torch.compile(model, dynamic=True) if config.compile else model
     ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     loader, held_out = start_loader(config, tokenizer, positions, step, device)
     on_first(write_run, config, device)

@@ -552,6 +552,30 @@ def test_every_format_gives_the_same_texts(tmp_path):
     assert len(found) == 13 and [name for name in found if found[name] != sorted(texts)] == []
 
 
+def test_docstrings_are_split_into_query_and_text_and_tests_left_out(tmp_path, monkeypatch):
+    package = tmp_path / "spoons"
+    (package / "tests").mkdir(parents=True)
+    (package / "__init__.py").write_text('"""Spoons of  all\nkinds.\n\nThey hold soup."""')
+    (package / "big.py").write_text('class Ladle:\n  def fill(self):\n    """Fill it.\n\n    With soup."""')
+    (package / "short.py").write_text('def stir():\n    """No more than a summary."""')
+    (package / "bad.py").write_text("def broken(:")
+    (package / "tests" / "some.py").write_text('"""A test.\n\nOf spoons."""')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(bow_mae.docstrings(["spoons==1.0"])) == [
+        {"_id": "spoons", "query": "Spoons of all kinds.", "text": "They hold soup."},
+        {"_id": "spoons.big.Ladle.fill", "query": "Fill it.", "text": "With soup."}]
+
+
+def test_python_docs_name_each_text_once_and_are_cached(monkeypatch, capfd):
+    monkeypatch.setattr(bow_mae, "PACKAGES", ["python", "huggingface_hub"])
+    documentation = bow_mae.python_docs()
+    assert len(documentation) > 2000 and documentation.column_names == ["_id", "query", "text"]
+    assert all(len(set(documentation[column])) == len(documentation) for column in documentation.column_names)
+    assert any(name.startswith("json") for name in documentation["_id"])
+    monkeypatch.setattr(bow_mae, "docstrings", lambda packages: iter([]))  # so read from the cache
+    assert bow_mae.python_docs()[:] == documentation[:]
+
+
 def test_text_columns_are_joined_and_may_be_null(tmp_path):
     (tmp_path / "a.jsonl").write_text("""{"title": "ba", "text": "ke di"}\n{"title": null, "text": "lo"}
         {"title": "", "text": "mu"}\n{"title": "gal", "text": null}\n{"text": "ven"}""")
@@ -596,6 +620,12 @@ def test_without_workers_no_process_is_started(corpus, tmp_path, monkeypatch):
     main("--data", corpus, "--output", tmp_path / "out", "--workers", 0, "--steps", 2)
     with pytest.raises(pytest.fail.Exception):
         main("--data", corpus, "--output", tmp_path / "other", "--workers", 2, "--steps", 2)
+
+
+def test_a_compiled_model_gives_the_same_losses(unbroken, corpus, tmp_path):
+    result = run("--data", corpus, "--output", tmp_path / "run", "--steps", 1, "--compile", "True")
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run")[1][1:] == pytest.approx(losses(unbroken)[1][1:], rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
