@@ -112,7 +112,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     if not 0 < config.mask_ratio < 1:
         fail(f"--mask_ratio {config.mask_ratio} must lie between 0 and 1")
     if config.batch_size % config.micro_batch_size:
-        fail(f"--batch_size {config.batch_size} is no multiple of --micro_batch_size")
+        fail(f"--batch_size {config.batch_size} is not a multiple of "
+             f"--micro_batch_size {config.micro_batch_size}")
     if config.parts % int(os.environ.get("WORLD_SIZE", 1)):
         fail(f"--batch_size / --micro_batch_size = {config.parts} micro-batches a step cannot be shared by "
              f"{os.environ['WORLD_SIZE']} processes evenly: change one of the three")
@@ -233,7 +234,8 @@ def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
     with blame(what, files, text_columns):
         if saved:
             dataset = datasets.load_from_disk(config.data)
-            stream = (dataset["train"] if "train" in dataset else dataset).to_iterable_dataset()
+            whole = isinstance(dataset, datasets.Dataset)
+            stream = (dataset if whole else dataset["train"]).to_iterable_dataset()
         elif files:
             kind, options = file_format(files[0]), {"data_files": [str(file) for file in files]}
             if kind == "csv":  # a cell is a text, even "1" or "NA"
@@ -245,7 +247,8 @@ def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
         columns = stream.column_names or list(next(iter(stream)))
     for column in text_columns:
         if column not in columns:
-            raise UserError(f"--text_columns: {config.data} has no column {column!r}, but {columns}")
+            raise UserError(f"--text_columns: {config.data} has no column {column!r}, but "
+                            f"{' '.join(map(repr, columns))}")
     return stream.with_format("arrow"), files
 
 
@@ -264,7 +267,8 @@ def join_columns(record: dict, columns: list[str]) -> str:
     values = [record.get(column) for column in columns] if isinstance(record, dict) else [record]
     for column, value in zip(columns, values):
         if not isinstance(value, str | None) or values == [None] * len(values):
-            raise ValueError(f"column {column!r} is {json.dumps(value)[:50]} where a text must be")
+            shown = json.dumps(value, default=str)[:50]
+            raise ValueError(f"column {column!r} is {shown} where a text must be")
     return " ".join(value for value in values if value).strip()
 
 
@@ -292,23 +296,23 @@ class PretrainingStream(torch.utils.data.IterableDataset):
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             parts = parts[worker.id :: worker.num_workers]
         try:
-            for batches in zip(*(self.read_part(part) for part in parts)):
+            source, files = open_stream(self.config)
+            for batches in zip(*(self.read_part(part, source, files) for part in parts)):
                 yield from batches
         except UserError as error:
             yield error
 
-    def read_part(self, part: int):
+    def read_part(self, part: int, source: datasets.IterableDataset, files: list[Path]):
         """Yield the batches of a part from its position on."""
         config, step = self.config, self.step
         epoch, block, done, state = self.positions.get(part, (0, 0, 0, None))
-        source, files = open_stream(config)
         while True:
             # a new object for each epoch, since load_state_dict sticks to it
             stream = split_dataset_by_node(source, rank=part, world_size=config.parts)
             stream.set_epoch(epoch)
             if state:
                 stream.load_state_dict(state)
-            first_block, first_step = block, step
+            from_start, first_block, first_step = (block, done) == (0, 0), block, step
             for block, texts in enumerate(read_blocks(stream, files, config), first_block):
                 batches = self.cut_block(texts, np.random.default_rng([config.seed, epoch, block]))
                 start = step - done
@@ -323,7 +327,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                         yield batch
                         step += 1
                 state, done = stream.state_dict(), 0
-            if first_block == 0 and step == first_step:
+            if from_start and step == first_step:
                 raise UserError(f"--data {config.data} has too few texts for {config.parts} parts: lower "
                                 f"--batch_size or raise --micro_batch_size")
             epoch, block, state = epoch + 1, 0, None
@@ -338,12 +342,13 @@ class PretrainingStream(torch.utils.data.IterableDataset):
 
 
 def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]:
-    """Token ids of all windows of the texts: [CLS], 1 to max_length - 2 tokens, [SEP]."""
+    """Token ids of all windows of the texts: [CLS], 1 to max_length - 2 tokens, not all special, [SEP]."""
     if not texts:
         return []
     windows = tokenizer(texts, truncation=True, max_length=max_length, return_overflowing_tokens=True,
                         return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-    return [window for window in windows if len(window) > 2]
+    special = set(tokenizer.all_special_ids)
+    return [window for window in windows if not special.issuperset(window)]
 
 
 def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed: int) -> BatchEncoding:
@@ -709,13 +714,15 @@ def save_checkpoint(config: Config, lm, tokenizer, state: dict) -> None:
         os.sync()
         shutil.rmtree(target, ignore_errors=True)  # a torn one of this step, which was passed over
         folder.rename(target)
-    for old in list_checkpoints(config.output)[config.keep :]:
+    whole = [folder for folder in list_checkpoints(config.output) if read_manifest(folder)][: config.keep]
+    for old in set(list_checkpoints(config.output)) - set(whole):
         shutil.rmtree(old, ignore_errors=True)
 
 
 def list_checkpoints(output: str) -> list[Path]:
     """The folders checkpoint-STEP, newest first."""
-    return sorted(Path(output).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    folders = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(folders, key=lambda path: -int(path.name[11:]))
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -733,23 +740,24 @@ def find_checkpoint(config: Config) -> str | None:
         output.mkdir(parents=True, exist_ok=True)
         if (output / "run.json").exists():
             earlier[output] = json.loads((output / "run.json").read_text())["config"]
-        if any(output.iterdir()) and (not earlier or config.resume == "never"):
+        used = any(path.suffix != ".tmp" for path in output.iterdir())
+        if used and (not earlier or config.resume == "never"):
             raise UserError(f"--output {output} holds {'a run' if earlier else 'other files'}: give another")
-    if config.resume not in ("auto", "never"):
-        manifest = read_manifest(Path(config.resume))
-        if manifest is None or checkpoints and not checkpoints[0].samefile(config.resume):
-            raise UserError(f"--resume {config.resume} is no whole checkpoint, or not the newest of --output")
-        earlier[config.resume] = manifest["config"]
+    begun = checkpoints and output in earlier and earlier[output]["resume"] == config.resume
+    path = None if config.resume in ("auto", "never") or begun else Path(config.resume)
+    if path:
+        manifest = read_manifest(path)
+        if manifest is None or checkpoints and not checkpoints[0].samefile(path):
+            raise UserError(f"--resume {path} is no whole checkpoint, or not the newest of --output")
+        earlier[path] = manifest["config"]
     # no loss depends on these, so they may change between the starts of one run
     free = {"workers", "output", "save_every", "keep", "log_every", "eval_every", "resume"}
     for where, flags in earlier.items():
         for name, value in asdict(config).items():
-            if name not in free and flags[name] != value:
-                raise UserError(f"{where} holds a run with --{name} {flags[name]}, not {value}: "
+            if name not in free and flags.get(name) != value:
+                raise UserError(f"{where} holds a run with --{name} {flags.get(name)}, not {value}: "
                                 f"give that, or another --output")
-    if config.resume not in ("auto", "never"):
-        return config.resume
-    for folder in checkpoints:
+    for folder in [path] if path else checkpoints:
         if read_manifest(folder):
             return str(folder)
         print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
@@ -802,33 +810,44 @@ class MetricsLog:
 
     def __init__(self, config: Config, step: int, device: torch.device):
         self.path, self.device, self.records = Path(config.output, "metrics.jsonl"), device, []
-        self.pending, self.sizes, self.first = [], np.zeros(4), dist.get_rank() == 0
+        self.pending, self.sizes, self.first = [], np.zeros(3), dist.get_rank() == 0
+        self.began = time.perf_counter()
         if self.first:
             for line in self.path.read_text().splitlines() if self.path.exists() else []:
                 with contextlib.suppress(ValueError):  # a killed run may have torn its last line
                     self.records += [record for record in [json.loads(line)] if record["step"] <= step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            whole = self.path.with_suffix(".tmp")
+            whole.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            whole.replace(self.path)
         self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=not self.first)
 
     def write(self, record: dict) -> None:
         """Append a line, on the first process; what is no number (a norm that overflowed) is null."""
         self.records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
         if self.first:
-            with self.path.open("a") as file:
+            with blame(f"--output: {self.path} cannot be written"), self.path.open("a") as file:
                 file.write(json.dumps(self.records[-1]) + "\n")
 
     def evaluations(self) -> list[dict]:
         """The evaluations so far."""
         return [record for record in self.records if "eval_mlm_loss" in record]
 
-    def flush(self, lr: float, weight: float) -> None:
+    def evaluate(self, step: int, model: BowMAE, batches: list[BatchEncoding], again: bool = True) -> None:
+        """Log how the model does on the held-out texts, if there are any."""
+        if batches and (again or not self.evaluations()):
+            self.write({"step": step} | evaluate(model, batches, self.device))
+
+    def flush(self, lr: float, weight: float, scaled: bool) -> None:
         """Read the losses since the last call; raises UserError at one not finite, else logs the last."""
         for step, losses in self.pending:
             losses = {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(losses["loss"]):
-                raise UserError(f"the loss is {losses['loss']} at step {step}; the last checkpoint is whole: "
-                                f"lower --lr or set --precision fp32, with another --output")
-        tokens, positions, seconds, waited = self.sizes
+            # a loss scaler skips steps with an overflow in the gradient by itself
+            for name in ("loss",) if scaled else ("loss", "grad_norm"):
+                if not math.isfinite(losses[name]):
+                    raise UserError(f"the {name} is {losses[name]} at step {step}, the last checkpoint is "
+                                    f"whole: lower --lr or set --precision fp32, with another --output")
+        tokens, positions, waited = self.sizes
+        seconds = time.perf_counter() - self.began  # the wait for the device, not evaluating nor saving
         memory = (torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
         self.write({"step": step, **losses, "bow_weight": weight, "lr": lr,
@@ -836,7 +855,7 @@ class MetricsLog:
                     "data_wait_share": waited / seconds, "peak_memory_mb": memory})
         shown = {name: f"{value:.3f}" for name, value in losses.items() if name.endswith("_loss")}
         self.bar.set_postfix(shown | {"tokens/s": f"{tokens / seconds:,.0f}"})
-        self.pending, self.sizes = [], np.zeros(4)
+        self.pending, self.sizes = [], np.zeros(3)
 
 
 # ---- training loop
@@ -877,7 +896,7 @@ def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, we
     """
     total = 0.0
     for i, batch in enumerate(batches):
-        torch.manual_seed(batch["seed"])  # the dropout, too, is a function of (seed, step, part)
+        torch.manual_seed(batch["seed"] + 1)  # the dropout, too, is a function of (seed, step, part)
         with ddp.no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = ddp(batch.to(device, non_blocking=True))
@@ -902,12 +921,25 @@ def start_loader(config: Config, tokenizer, positions: dict, step: int, device):
     """This process's micro-batches without end, and the held-out ones; data that is bad at once ends all."""
     share = config.parts // dist.get_world_size()
     parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    stream = PretrainingStream(config, tokenizer, parts, positions, step + 1)
+    stream = PretrainingStream(config, tokenizer, parts, positions.copy(), step + 1)
     loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=device.type == "cuda",
                                               num_workers=config.workers and math.gcd(config.workers, share)))
     head = list(islice(loader, share))
     agree(next((item for item in head if isinstance(item, UserError)), None))
     return chain(head, loader), on_first(held_out_batches, config, tokenizer, stream.tables)
+
+
+def wrap_ddp(model: BowMAE, batch: BatchEncoding, config: Config) -> DistributedDataParallel:
+    """The model under DDP, after one backward pass whose gradients are thrown away.
+
+    DDP lays its buckets out anew after the first pass: with that done, a resumed run sums gradients in the
+    same order as one never stopped.
+    """
+    compiled = torch.compile(model, dynamic=True) if config.compile else model
+    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    sum(ddp(batch).values()).backward()
+    ddp.zero_grad()
+    return ddp
 
 
 def train(config: Config, device: torch.device) -> None:
@@ -917,11 +949,11 @@ def train(config: Config, device: torch.device) -> None:
     checkpoint = on_first(find_checkpoint, config)
     tokenizer = on_first(load_tokenizer, config, checkpoint)
     model, optimizer, scaler, step, positions = together(load_training, config, checkpoint, tokenizer, device)
-    compiled = torch.compile(model, dynamic=True) if config.compile else model
-    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     loader, held_out = start_loader(config, tokenizer, positions, step, device)
+    batch = next(loader)
+    ddp, loader = wrap_ddp(model, batch.to(device), config), chain([batch], loader)
     on_first(write_run, config, device)
-    stops, leaving, log = [], False, MetricsLog(config, step, device)
+    stops, leaving, log = [], False, together(MetricsLog, config, step, device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stops.append(number))
     if first:
@@ -929,8 +961,7 @@ def train(config: Config, device: torch.device) -> None:
         tqdm.write(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = "
                    f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
                    f"steps of up to {config.batch_size * config.max_length:,} tokens | {device} {dtype}")
-        if held_out and not log.evaluations():
-            log.write({"step": step} | evaluate(model, held_out, device))
+    on_first(log.evaluate, step, model, held_out, False)
     while step < config.steps and not leaving:
         step, began = step + 1, time.perf_counter()
         batches = list(islice(loader, config.parts // world_size))
@@ -941,22 +972,24 @@ def train(config: Config, device: torch.device) -> None:
         leaving, tokens, places, *terms = agree(error, [len(stops), *np.sum([[0] * 5, *sizes], axis=0)])
         terms, (lr, weight) = dict(zip(LOSSES, terms)), schedule(config, step)
         losses = train_step(ddp, optimizer, scaler, batches, terms, lr, weight, device, dtype)
-        positions |= {batch["part"]: batch["position"] for batch in batches}
         log.pending.append((step, losses))
-        log.sizes += tokens, places, time.perf_counter() - began, waited
+        log.sizes += tokens, places, waited
         log.bar.update()
         saves = leaving or step == config.steps or step % config.save_every == 0
-        if saves or step % config.log_every == 0:
-            together(log.flush, lr, weight)
-        if first and held_out and (step == config.steps or step % config.eval_every == 0):
-            log.write({"step": step} | evaluate(model, held_out, device))
+        evaluates = step == config.steps or step % config.eval_every == 0
+        if saves or evaluates or step % config.log_every == 0:
+            together(log.flush, lr, weight, scaler.is_enabled())
+        if evaluates:
+            on_first(log.evaluate, step, model, held_out)
         if saves:
             everyone = [None] * world_size
-            dist.all_gather_object(everyone, positions)
+            dist.all_gather_object(everyone, {batch["part"]: batch["position"] for batch in batches})
             decoder = model.decoder.state_dict() if config.objective == "enhanced" else {}
             on_first(save_checkpoint, config, model.lm, tokenizer, {
                 "step": step, "positions": {part: at for some in everyone for part, at in some.items()},
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "decoder": decoder})
+        if not log.pending:
+            log.began = time.perf_counter()
     log.bar.close()
     if step < config.steps:
         agree()

@@ -503,6 +503,23 @@ def test_a_stream_goes_on_from_the_positions_of_its_batches(named):
         assert torch.equal(batch["masked_ids"], other["masked_ids"])
 
 
+def test_a_stream_goes_on_from_the_end_of_an_epoch(tmp_path):
+    """Of every step of two epochs of one block, the last of an epoch among them."""
+    config = Config(data=write_jsonl(tmp_path / "a.jsonl", make_texts(60)), batch_size=16, micro_batch_size=8)
+    tokenizer = word_tokenizer(WORDS)
+    batches = list(itertools.islice(PretrainingStream(config, tokenizer, range(2), {}, 1), 2 * 20))
+    assert batches[-1]["position"][0] >= 2
+    for step in range(1, 20):
+        positions = {batch["part"]: batch["position"] for batch in batches[2 * step - 2 : 2 * step]}
+        again = next(iter(PretrainingStream(config, tokenizer, range(2), positions, step + 1)))
+        assert torch.equal(batches[2 * step]["masked_ids"], again["masked_ids"])
+
+
+def test_a_window_without_a_word_is_left_out():
+    tokenizer = word_tokenizer(WORDS)
+    assert bow_mae.cut_windows(["", "unknown words", "ba" + "ba"], tokenizer, 8) == [tokenizer("baba").input_ids]
+
+
 def test_long_texts_are_cut_into_windows_that_give_them_back():
     tokenizer, texts = word_tokenizer(WORDS), [" ".join(WORDS[i:] + WORDS[:i]) for i in range(5)]
     windows = bow_mae.cut_windows(texts, tokenizer, 16)
@@ -645,7 +662,7 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken, corpus, tmp_path):
             ("open", "metrics.jsonl", 10),            # between steps 5 and 10
             ("open", ".saving/trainer_state", 1),     # while a checkpoint is written
             ("os.rename", "checkpoint-", 1),          # after that, before it has its name
-            ("os.rename", "model.safetensors", 1)]:   # when the trained model takes its place
+            ("shutil.copyfile", "model.safetensors", 1)]:  # when the trained model takes its place
         flags = "--data", corpus, "--output", tmp_path / "out", "--workers", 1
         ended = run_with_signal(signal.SIGKILL, event, name, count, *flags)
         assert ended.returncode == -signal.SIGKILL, (event, name, ended.stderr)
@@ -673,6 +690,20 @@ def test_a_run_begun_on_one_process_goes_on_with_two(stopped, unbroken, corpus, 
     ended = run("--data", corpus, "--output", tmp_path / "out", processes=2)
     assert ended.returncode == 0, ended.stderr
     assert close(tmp_path / "out", unbroken)
+
+
+def test_two_processes_may_be_stopped_twice_and_go_on_bit_for_bit(corpus, tmp_path):
+    """The second time from a checkpoint that was written after the first."""
+    flags = ["--data", corpus, "--output", tmp_path / "out", "--keep", 9, "--objective", "enhanced"]
+    assert run(*flags, processes=2).returncode == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "never stopped")
+    for last in 5, 10:
+        for step in range(last + 5, 25, 5):
+            shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+        assert run(*flags, processes=2).returncode == 0
+    one, other = (records(tmp_path / name, "loss") for name in ("out", "never stopped"))
+    assert [row["loss"] for row in one] == [row["loss"] for row in other]
+    assert same_weights(tmp_path / "out", tmp_path / "never stopped")
 
 
 def test_the_newest_checkpoints_are_kept(unbroken):
