@@ -98,6 +98,7 @@ class UserError(Exception):
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read the command line; raises UserError for a flag or a value that cannot be."""
     def fail(message):
+        """argparse calls this with what it does not accept."""
         raise UserError(f"{message} (--help lists the flags)")
 
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -387,6 +388,7 @@ def word_table(tokenizer) -> torch.Tensor:
     space by `Ġ` and splits, as its pre-tokenizer does, between letters 1, digits 2, spaces 3 and others 4.
     """
     def kind(character):
+        """The class of a character for a byte-level pre-tokenizer."""
         letter = character.isalpha() or character == "\ufffd"  # the second is a byte of a longer character
         return 1 if letter else 2 if character.isnumeric() else 3 if character.isspace() else 4
 
@@ -549,6 +551,7 @@ FRESH = {"tiny": (2, 128, 4096), "mini": (4, 256, 8192), "small": (4, 512, 16384
 def learn_tokenizer(config: Config):
     """An uncased WordPiece tokenizer with the vocabulary of the first texts; the same at every call."""
     def texts():
+        """The training texts at the start of the data."""
         for block in islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS):
             yield from (text for text in block if text_hash(text) % 1000)
 
@@ -615,6 +618,7 @@ def load_lm(config: Config, checkpoint: str | None, tokenizer):
 def schedule(config: Config, step: int) -> tuple[float, float]:
     """The learning rate (linear warm-up, then a cosine) and λ (a cosine) of an optimizer step, 1 to steps."""
     def cosine(first, last, progress):
+        """From first at progress 0 to last at 1, along half a cosine."""
         return last + (first - last) * (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
 
     rise = min(step / max(config.warmup_steps, 1), 1)
