@@ -589,7 +589,7 @@ def load_lm(config: Config, checkpoint: str | None, tokenizer):
     source = checkpoint or config.model
     if source in FRESH:
         layers, width, _ = FRESH[source]
-        # 0.05, not the usual 0.02: wider embeddings are told apart in fewer steps
+        # 0.05 instead of the usual 0.02, for short runs from scratch
         lm = BertForMaskedLM(BertConfig(
             vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=layers,
             hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
