@@ -54,7 +54,6 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, Ber
 from transformers import BertTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-
 @dataclass
 class Config:
     """Every flag of the command line, with its unit. The defaults are the run of `torchrun bow_mae.py`."""
@@ -90,36 +89,36 @@ class Config:
         """Micro-batches in a step, n: micro-batch i of every step is of part i of the data, 1 text in n."""
         return self.batch_size // self.micro_batch_size
 
+    def check(self) -> None:
+        """Raise UserError where values do not go together."""
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(f"--mask_ratio {self.mask_ratio} must lie between 0 and 1")
+        if self.batch_size % self.micro_batch_size:
+            raise UserError(f"--batch_size {self.batch_size} is not a multiple of "
+                            f"--micro_batch_size {self.micro_batch_size}")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.parts % processes:
+            raise UserError(f"--batch_size / --micro_batch_size = {self.parts} micro-batches a step cannot "
+                            f"be shared by {processes} processes evenly: change one of the three")
 
 class UserError(Exception):
     """Something the user can mend; the message says what is wrong, where, and how to mend it."""
 
-
-def parse_config(argv: list[str] | None = None) -> Config:
-    """Read the command line; raises UserError for a flag or a value that cannot be."""
-    def fail(message):
-        """argparse calls this with what it does not accept."""
+def parse_config(argv: list[str] | None = None, kind: type = Config):
+    """A dataclass of this kind from the command line; UserError for a flag or a value that cannot be."""
+    def _fail(message):
         raise UserError(f"{message} (--help lists the flags)")
 
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
-    config = Config(**vars(parser.parse_args(argv)))
-    from_zero = {"lr", "lr_final_ratio", "bow_weight", "bow_weight_final", "warmup_steps", "weight_decay",
-                 "mask_ratio", "seed", "workers", "compile"}
-    for name, value in asdict(config).items():
-        least = 0 if name in from_zero else 3 if name == "max_length" else 1
-        if isinstance(value, int | float) and not least <= value < math.inf:
-            fail(f"--{name} {value} must be a finite number, at least {least}")
-    if not 0 < config.mask_ratio < 1:
-        fail(f"--mask_ratio {config.mask_ratio} must lie between 0 and 1")
-    if config.batch_size % config.micro_batch_size:
-        fail(f"--batch_size {config.batch_size} is not a multiple of "
-             f"--micro_batch_size {config.micro_batch_size}")
-    if config.parts % int(os.environ.get("WORLD_SIZE", 1)):
-        fail(f"--batch_size / --micro_batch_size = {config.parts} micro-batches a step cannot be shared by "
-             f"{os.environ['WORLD_SIZE']} processes evenly: change one of the three")
+    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False)
+    parser.error = _fail
+    config = kind(**vars(parser.parse_args(argv)))
+    for name, value in vars(config).items():
+        from_zero = isinstance(value, float) or name in ("seed", "workers", "warmup_steps", "negatives")
+        least = 3 if name.endswith("_length") else 0 if from_zero else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            _fail(f"--{name} {value} must be a finite number, at least {least}")
+    config.check()
     return config
-
 
 # ---- data: texts
 
@@ -131,7 +130,6 @@ SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabular
 READ_ERRORS = (StopIteration, RuntimeError, EOFError, zlib.error, ValueError, TypeError, LookupError, OSError,
                SafetensorError, datasets.exceptions.DatasetsError)
 
-
 @contextlib.contextmanager
 def blame(what: str, files: list[Path] = (), columns: list[str] = ()):
     """Turn what a library raises into a UserError of one line: `what`, or the file and line that is bad."""
@@ -140,7 +138,6 @@ def blame(what: str, files: list[Path] = (), columns: list[str] = ()):
     except READ_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(find_bad_line(files, columns) or f"{what}: {reason}") from error
-
 
 def find_bad_line(files: list[Path], columns: list[str]) -> str | None:
     """Read local text files again, line by line, to name the one that `datasets` could not use."""
@@ -154,7 +151,6 @@ def find_bad_line(files: list[Path], columns: list[str]) -> str | None:
                         join_columns(json.loads(text), columns)
         except (ValueError, EOFError, OSError, zlib.error) as error:
             return f"--data {file}, line {number}: {error}"
-
 
 def docstrings(packages: list[str]):
     """Yield {_id, query, text} for each docstring of packages such as "numpy==2.4.6", their tests left out.
@@ -180,7 +176,6 @@ def docstrings(packages: list[str]):
                     if query.strip() and text.strip():
                         yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
 
-
 def python_docs() -> datasets.Dataset:
     """The documentation of the Python standard library and PACKAGES: _id, query, text; some 24,000 rows.
 
@@ -189,24 +184,21 @@ def python_docs() -> datasets.Dataset:
     """
     version = {name: metadata.version(name) for name in PACKAGES[1:]} | {"python": sys.version.split()[0]}
     packages = [f"{name}=={version[name]}" for name in PACKAGES]
-    raw = datasets.Dataset.from_generator(
-        docstrings, gen_kwargs={"packages": packages}, fingerprint=f"docs-{text_hash(str(packages))}",
-        num_proc=2, cache_dir=os.environ.get("HF_DATASETS_CACHE", "out/cache"))
-    table = raw.to_pandas().drop_duplicates("_id").drop_duplicates("text")
-    table = table.drop_duplicates("query", keep=False)
+    with blame("--data python-docs cannot be built, set HF_DATASETS_CACHE to a folder to write in"):
+        table = datasets.Dataset.from_generator(
+            docstrings, gen_kwargs={"packages": packages}, fingerprint=f"docs-{text_hash(str(packages))}",
+            num_proc=2, cache_dir=os.environ.get("HF_DATASETS_CACHE", "out/cache")).to_pandas()
+    table = table.drop_duplicates("_id").drop_duplicates("text").drop_duplicates("query", keep=False)
     table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
     return datasets.Dataset.from_pandas(table, preserve_index=False)
-
 
 def text_hash(text: str) -> int:
     """A number that is a function of the text; where 1000 divides it, the text is held out for evaluation."""
     return zlib.crc32(text.encode())
 
-
 def file_format(path: Path) -> str | None:
     """The `datasets` builder for a file of this name, if there is one."""
     return FORMATS.get(Path(str(path).removesuffix(".gz")).suffix)
-
 
 def find_files(data: str) -> list[Path]:
     """The local files of --data: of a file, glob or folder (a BEIR folder's corpus); none for a hub name."""
@@ -223,7 +215,6 @@ def find_files(data: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise UserError(f"--data {file}: the file is empty")
     return files
-
 
 def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
     """The texts of --data as a stream of Arrow tables, and the local files they come from, if any."""
@@ -246,12 +237,10 @@ def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
             name, subset, split = (config.data.split(":") + ["", ""])[:3]
             stream = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
         columns = stream.column_names or list(next(iter(stream)))
-    for column in text_columns:
-        if column not in columns:
-            raise UserError(f"--text_columns: {config.data} has no column {column!r}, but "
-                            f"{' '.join(map(repr, columns))}")
+    for column in set(text_columns) - set(columns):
+        raise UserError(f"--text_columns: {config.data} has no column {column!r}, but "
+                        f"{' '.join(map(repr, columns))}")
     return stream.with_format("arrow"), files
-
 
 def read_blocks(stream: datasets.IterableDataset, files: list[Path], config: Config):
     """Yield lists of BLOCK_TEXTS texts; a record without one raises UserError with its file and line."""
@@ -262,19 +251,15 @@ def read_blocks(stream: datasets.IterableDataset, files: list[Path], config: Con
                 raise ValueError("a text column holds other things than text")
             yield [join_columns(row, config.text_columns) for row in table.select(columns).to_pylist()]
 
-
 def join_columns(record: dict, columns: list[str]) -> str:
     """A record's text: its columns joined by a space; some may be null or missing; ValueError if all are."""
     values = [record.get(column) for column in columns] if isinstance(record, dict) else [record]
     for column, value in zip(columns, values):
         if not isinstance(value, str | None) or values == [None] * len(values):
-            shown = json.dumps(value, default=str)[:50]
-            raise ValueError(f"column {column!r} is {shown} where a text must be")
+            raise ValueError(f"column {column!r} is {json.dumps(value, default=str):.50}, not a text")
     return " ".join(value for value in values if value).strip()
 
-
 # ---- data: batches
-
 
 class PretrainingStream(torch.utils.data.IterableDataset):
     """The micro-batches of some parts of the data, in turn, without end.
@@ -335,12 +320,11 @@ class PretrainingStream(torch.utils.data.IterableDataset):
 
     def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
         """Cut a block's training texts into windows, permuted, sorted by length, in nearly equal batches."""
-        windows = cut_windows([text for text in texts if text_hash(text) % 1000], self.tokenizer,
-                              self.config.max_length)
+        texts = [text for text in texts if text_hash(text) % 1000]
+        windows = cut_windows(texts, self.tokenizer, self.config.max_length)
         windows = sorted((windows[i] for i in rng.permutation(len(windows))), key=len)
         count = math.ceil(len(windows) / self.config.micro_batch_size)
         return [windows[len(windows) * i // count : len(windows) * (i + 1) // count] for i in range(count)]
-
 
 def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]:
     """Token ids of all windows of the texts: [CLS], 1 to max_length - 2 tokens, not all special, [SEP]."""
@@ -350,7 +334,6 @@ def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]
                         return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     special = set(tokenizer.all_special_ids)
     return [window for window in windows if not special.issuperset(window)]
-
 
 def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed: int) -> BatchEncoding:
     """A micro-batch of B windows, padded to the longest, L, and masked: input_ids and masked_ids (B, L).
@@ -370,9 +353,7 @@ def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed
         "attention_mask": None if attention_mask.all() else attention_mask, "tokens": int(lengths.sum()),
         "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
 
-
 # ---- masking
-
 
 def special_table(tokenizer, vocab_size: int) -> torch.Tensor:
     """(V,) bool: the ids that are no words: special tokens, and ids beyond the tokenizer's vocabulary."""
@@ -380,15 +361,13 @@ def special_table(tokenizer, vocab_size: int) -> torch.Tensor:
     special[tokenizer.all_special_ids] = True
     return special
 
-
 def word_table(tokenizer) -> torch.Tensor:
     """(2, V): what a token joins to its left and right: it continues a word if its left is the last's right.
 
     WordPiece marks a continuation by `##`, SentencePiece the start of a word by `▁`. Byte-level BPE marks a
     space by `Ġ` and splits, as its pre-tokenizer does, between letters 1, digits 2, spaces 3 and others 4.
     """
-    def kind(character):
-        """The class of a character for a byte-level pre-tokenizer."""
+    def _kind(character):
         letter = character.isalpha() or character == "\ufffd"  # the second is a byte of a longer character
         return 1 if letter else 2 if character.isnumeric() else 3 if character.isspace() else 4
 
@@ -397,12 +376,12 @@ def word_table(tokenizer) -> torch.Tensor:
     byte_level = not wordpiece and any(token.startswith("Ġ") for token in tokens)
     table = torch.ones(2, len(tokens), dtype=torch.int8)
     for i, token in enumerate(tokens):
-        text = tokenizer.convert_tokens_to_string([token]) or " " if byte_level else token
-        table[:, i] = torch.tensor([kind(text[0]), kind(text[-1])]) if byte_level else 1
+        if byte_level:
+            text = tokenizer.convert_tokens_to_string([token]) or " "
+            table[:, i] = torch.tensor([_kind(text[0]), _kind(text[-1])])
         table[0, i] *= token.startswith("##") if wordpiece else not token.startswith(("▁", "Ġ"))
     table[:, tokenizer.all_special_ids] = 0
     return table
-
 
 def whole_word_mask(input_ids, special, joins, mask_token_id: int, mask_ratio: float, generator=None):
     """Mask a share of the words of each sequence, all pieces of a word together (paper §3.1).
@@ -427,15 +406,12 @@ def whole_word_mask(input_ids, special, joins, mask_token_id: int, mask_ratio: f
     masked_ids = torch.where(chosen & (draw < 0.8), mask_token_id, input_ids)
     return torch.where(chosen & (draw >= 0.9), random_ids, masked_ids), chosen
 
-
 # ---- losses and model
-
 
 def bag_of_words(input_ids, special):
     """The set T of each sequence's tokens that are not special, as (B, V) bool from input_ids (B, L)."""
     bag = torch.zeros(len(input_ids), len(special), dtype=torch.bool, device=input_ids.device)
     return bag.scatter_(1, input_ids, True) & ~special
-
 
 def bow_loss(cls_logits, input_ids, special):
     """L_bow (paper §3.2): the mean over sequences of -1/|T| Σ_{t in T} log softmax(f(h_CLS))_t.
@@ -448,7 +424,6 @@ def bow_loss(cls_logits, input_ids, special):
     mean_logit = (logits * bag).sum(1) / size.clamp(min=1)
     return ((logits.logsumexp(1) - mean_logit) * (size > 0)).mean()
 
-
 def term_coverage(cls_logits, input_ids, special):
     """The share of each text's |T| terms among the |T| highest logits of its [CLS], (B,); 0 without terms.
 
@@ -459,7 +434,6 @@ def term_coverage(cls_logits, input_ids, special):
     top = cls_logits.topk(max(int(size.max()), 1), dim=1).indices                      # (B, K)
     hits = bag.gather(1, top) & (torch.arange(top.shape[1], device=top.device) < size)
     return hits.sum(1) / size[:, 0].clamp(min=1)
-
 
 def mlm_head(lm, hidden):
     """f: the checkpoint's own masked-LM head, on any rows of hidden states: (..., D) to (..., V)."""
@@ -473,7 +447,6 @@ def mlm_head(lm, hidden):
         return lm.decoder(lm.head(hidden))
     raise UserError(f"--model: {type(lm).__name__} has no head of BERT, RoBERTa, DistilBERT or ModernBERT")
 
-
 class EnhancedDecoder(nn.Module):
     """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline; it has positions of its own.
 
@@ -484,9 +457,8 @@ class EnhancedDecoder(nn.Module):
 
     def __init__(self, width: int, heads: int, max_length: int):
         super().__init__()
-        self.heads = heads
         self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm_query, self.norm_memory, self.norm_attention, self.norm = map(nn.LayerNorm, [width] * 4)
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -496,17 +468,15 @@ class EnhancedDecoder(nn.Module):
         queries = self.norm_query(cls[:, None] + self.positions[:length])              # (B, L, D)
         memory = torch.cat([cls[:, None], embeddings[:, 1:]], 1) + self.positions[:length]
         memory = self.norm_memory(memory)                                              # (B, L, D)
-        view = torch.rand(batch, length, length, device=cls.device) < 0.5              # (B, L, L)
-        view &= ~torch.eye(length, dtype=torch.bool, device=cls.device)
-        view[:, :, 0] = True
+        blind = torch.rand(batch, length, length, device=cls.device) < 0.5             # (B, L, L)
+        blind |= torch.eye(length, dtype=torch.bool, device=cls.device)
+        blind[:, :, 0] = False
         if attention_mask is not None:
-            view &= attention_mask[:, None].bool()
-        q, k, v = (layer(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (B, H, L, D/H)
-                   for layer, rows in ((self.query, queries), (self.key, memory), (self.value, memory)))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=view[:, None])
-        hidden = self.norm_attention(queries + self.out(attended.transpose(1, 2).flatten(2)))
-        return self.norm(hidden + self.feed_forward(hidden))
-
+            blind |= ~attention_mask[:, None].bool()
+        blind = blind.repeat_interleave(self.attention.num_heads, 0)                   # (B·H, L, L)
+        attended, _ = self.attention(queries, memory, memory, attn_mask=blind, need_weights=False)
+        decoded = self.norm_attention(queries + attended)
+        return self.norm(decoded + self.feed_forward(decoded))
 
 class BowMAE(nn.Module):
     """A masked LM and the losses of an objective; `bow` adds no parameter, `enhanced` a decoder, not kept."""
@@ -543,37 +513,30 @@ class BowMAE(nn.Module):
             losses["enhanced_loss"] = F.cross_entropy(logits[1], input_ids.flatten()[visible])
         return losses
 
-
 FRESH = {"tiny": (2, 128, 4096), "mini": (4, 256, 8192), "small": (4, 512, 16384), "medium": (8, 512, 30522),
          "base": (12, 768, 30522)}  # layers, width, vocabulary
 
-
 def learn_tokenizer(config: Config):
     """An uncased WordPiece tokenizer with the vocabulary of the first texts; the same at every call."""
-    def texts():
-        """The training texts at the start of the data."""
+    def _texts():
         for block in islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS):
             yield from (text for text in block if text_hash(text) % 1000)
 
     tokenizer, characters, size = BertTokenizer(), Counter(), FRESH[config.model][2]
     backend = tokenizer.backend_tokenizer
-    for text in texts():
+    for text in _texts():
         characters.update(backend.normalizer.normalize_str(text))
     common = sorted(characters, key=lambda character: (-characters[character], character))[: size // 8]
     alphabet = [character for character in common if not character.isspace()]
     # the trainer numbers new characters in the order of a random hash, so the vocabulary would change from
     # run to run; it is a function of the texts once all characters, and their continuations, are given
-    backend.train_from_iterator(texts(), WordPieceTrainer(
+    backend.train_from_iterator(_texts(), WordPieceTrainer(
         vocab_size=size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False,
         special_tokens=list(tokenizer.get_vocab()) + ["##" + character for character in alphabet]))
     return BertTokenizer(vocab=backend.get_vocab(), model_max_length=max(512, config.max_length))
 
-
-def load_tokenizer(config: Config, checkpoint: str | None):
-    """The tokenizer of a checkpoint or of --model, learnt for a fresh one; UserError if it cannot serve."""
-    if checkpoint is None and config.model in FRESH:
-        return learn_tokenizer(config)
-    source = checkpoint or config.model
+def load_tokenizer(source: str):
+    """The tokenizer of a model or checkpoint; UserError if it cannot serve."""
     with blame(f"--model {source}: no such model, or no tokenizer in it"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast or tokenizer.mask_token is None or tokenizer.pad_token is None:
@@ -582,11 +545,9 @@ def load_tokenizer(config: Config, checkpoint: str | None):
         raise UserError(f"--model {source}: its tokenizer puts no [CLS] first, so no vector would be trained")
     return tokenizer
 
-
-def load_lm(config: Config, checkpoint: str | None, tokenizer):
-    """The masked LM of a checkpoint or of --model, or a fresh BERT; UserError if it cannot serve."""
-    torch.manual_seed(config.seed)
-    source = checkpoint or config.model
+def load_lm(source: str, tokenizer, max_length: int, seed: int):
+    """The masked LM of a model or checkpoint, or a fresh BERT of this seed; UserError if it cannot serve."""
+    torch.manual_seed(seed)
     if source in FRESH:
         layers, width, _ = FRESH[source]
         # 0.05 instead of the usual 0.02, for short runs from scratch
@@ -606,29 +567,28 @@ def load_lm(config: Config, checkpoint: str | None, tokenizer):
         raise UserError(f"--model {source}: {len(tokenizer)} tokens, but {lm.config.vocab_size} embeddings")
     # RoBERTa counts positions from its padding id on
     first = getattr(getattr(lm.base_model, "embeddings", None), "padding_idx", -1) + 1
-    if config.max_length > lm.config.max_position_embeddings - first:
-        raise UserError(f"--max_length {config.max_length} is above the "
-                        f"{lm.config.max_position_embeddings - first} positions of --model {config.model}")
+    positions = lm.config.max_position_embeddings - first
+    if max_length > positions:
+        raise UserError(f"--max_length {max_length} is above the {positions} positions of --model {source}")
     return lm
-
 
 # ---- schedules
 
+def cosine(first: float, last: float, progress: float) -> float:
+    """From first at progress 0 to last at 1, along half a cosine."""
+    return last + (first - last) * (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
 
-def schedule(config: Config, step: int) -> tuple[float, float]:
-    """The learning rate (linear warm-up, then a cosine) and λ (a cosine) of an optimizer step, 1 to steps."""
-    def cosine(first, last, progress):
-        """From first at progress 0 to last at 1, along half a cosine."""
-        return last + (first - last) * (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
-
-    rise = min(step / max(config.warmup_steps, 1), 1)
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of an optimizer step, 1 to steps: a linear warm-up, then a cosine."""
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return (rise * cosine(config.lr, config.lr * config.lr_final_ratio, progress),
-            cosine(config.bow_weight, config.bow_weight_final, step / config.steps))
+    rise = min(step / max(config.warmup_steps, 1), 1)
+    return rise * cosine(config.lr, config.lr * config.lr_final_ratio, progress)
 
+def bow_weight(config: Config, step: int) -> float:
+    """λ of an optimizer step, a cosine over the whole run."""
+    return cosine(config.bow_weight, config.bow_weight_final, step / config.steps)
 
 # ---- processes
-
 
 @contextlib.contextmanager
 def process_group():
@@ -648,7 +608,6 @@ def process_group():
             child.kill()
         dist.destroy_process_group()
 
-
 def agree(error: Exception | None = None, numbers=()) -> list[float]:
     """Sum numbers over all processes. Where one met an error, it is shown once and all exit with 2."""
     mine = torch.tensor([error is not None, *numbers], dtype=torch.float64)
@@ -662,56 +621,51 @@ def agree(error: Exception | None = None, numbers=()) -> list[float]:
         sys.exit(2)
     return sum(rows)[1:].tolist()
 
-
-def together(function, *args):
-    """function(*args) on every process; a UserError on one of them ends all."""
+def together(function, *args, first: bool = False):
+    """function(*args) on every process, or on the first for all; a UserError on one of them ends all."""
     result = error = None
     try:
-        result = function(*args)
+        if not first or dist.get_rank() == 0:
+            result = function(*args)
     except UserError as caught:
         error = caught
     agree(error)
+    if first:
+        dist.broadcast_object_list(box := [result], device=torch.device("cpu"))
+        result = box[0]
     return result
 
-
-def on_first(function, *args):
-    """function(*args) on the first process alone, its result on all; a UserError ends all."""
-    result = [together(function if dist.get_rank() == 0 else lambda *_: None, *args)]
-    dist.broadcast_object_list(result, device=torch.device("cpu"))
-    return result[0]
-
-
 # ---- checkpoints
-
 
 def write_json(path: Path, content) -> None:
     """Write a JSON file whole or not at all."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".tmp").replace(path)
 
-
-def save_checkpoint(config: Config, lm, tokenizer, state: dict) -> None:
+def save_checkpoint(config, lm, tokenizer, state: dict, max_length: int, similarity: str = "dot") -> None:
     """Write output/checkpoint-STEP whole or not at all; after that drop all but the newest --keep.
 
     Beside the state it holds what AutoModelForMaskedLM, AutoTokenizer and SentenceTransformer open.
     """
     folder, target = Path(config.output, ".saving"), Path(config.output, f"checkpoint-{state['step']}")
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    pooling = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
     pooler = {} if lm.config.model_type in ("distilbert", "modernbert") else {"add_pooling_layer": False}
-    kind = "sentence_transformers.models."
+    log = Path(config.output, "metrics.jsonl")
     with blame(f"--output: {target} cannot be written; mend that; the same command goes on from the last"):
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "1_Pooling").mkdir(parents=True)
         lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_json(folder / "modules.json", [
-            {"idx": 0, "name": "0", "path": "", "type": kind + "Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": kind + "Pooling"}])
-        write_json(folder / "1_Pooling/config.json", {
-            "word_embedding_dimension": lm.config.hidden_size, "pooling_mode_cls_token": True})
-        write_json(folder / "sentence_bert_config.json", {
-            "max_seq_length": config.max_length, "do_lower_case": False, "model_args": pooler})
-        write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "dot"})
-        torch.save(state, folder / "training_state.pt")
+        for name, content in {
+                "modules": [module, pooling],
+                "config_sentence_transformers": {"similarity_fn_name": similarity},
+                "1_Pooling/config": {"word_embedding_dimension": lm.config.hidden_size,
+                                     "pooling_mode_cls_token": True},
+                "sentence_bert_config": {"max_seq_length": max_length, "do_lower_case": False,
+                                         "model_args": pooler}}.items():
+            write_json(folder / f"{name}.json", content)
+        torch.save(state | {"logged": log.stat().st_size}, folder / "training_state.pt")
         files = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
         write_json(folder / "trainer_state.json", {
             "global_step": state["step"], "config": asdict(config), "files": files})
@@ -722,12 +676,10 @@ def save_checkpoint(config: Config, lm, tokenizer, state: dict) -> None:
     for old in set(list_checkpoints(config.output)) - set(whole):
         shutil.rmtree(old, ignore_errors=True)
 
-
 def list_checkpoints(output: str) -> list[Path]:
     """The folders checkpoint-STEP, newest first."""
     folders = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(folders, key=lambda path: -int(path.name[11:]))
-
 
 def read_manifest(folder: Path) -> dict | None:
     """The trainer_state.json of a checkpoint; None where a file has not the size it was written with."""
@@ -736,8 +688,7 @@ def read_manifest(folder: Path) -> dict | None:
         if all((folder / name).stat().st_size == size for name, size in manifest["files"].items()):
             return manifest
 
-
-def find_checkpoint(config: Config) -> str | None:
+def find_checkpoint(config) -> str | None:
     """The checkpoint to go on from, if any; UserError where --output or --resume is not this run's."""
     output, checkpoints, earlier = Path(config.output), list_checkpoints(config.output), {}
     with blame(f"--output {output} cannot be used"):
@@ -747,13 +698,12 @@ def find_checkpoint(config: Config) -> str | None:
         used = any(path.suffix != ".tmp" for path in output.iterdir())
         if used and (not earlier or config.resume == "never"):
             raise UserError(f"--output {output} holds {'a run' if earlier else 'other files'}: give another")
-    begun = checkpoints and output in earlier and earlier[output]["resume"] == config.resume
-    path = None if config.resume in ("auto", "never") or begun else Path(config.resume)
-    if path:
-        manifest = read_manifest(path)
+    begun = checkpoints and earlier.get(output, {}).get("resume") == config.resume
+    if config.resume not in ("auto", "never") and not begun:
+        path, manifest = Path(config.resume), read_manifest(Path(config.resume))
         if manifest is None or checkpoints and not checkpoints[0].samefile(path):
             raise UserError(f"--resume {path} is no whole checkpoint, or not the newest of --output")
-        earlier[path] = manifest["config"]
+        checkpoints, earlier[path] = [path], manifest["config"]
     # no loss depends on these, so they may change between the starts of one run
     free = {"workers", "output", "save_every", "keep", "log_every", "eval_every", "resume"}
     for where, flags in earlier.items():
@@ -761,13 +711,12 @@ def find_checkpoint(config: Config) -> str | None:
             if name not in free and flags.get(name) != value:
                 raise UserError(f"{where} holds a run with --{name} {flags.get(name)}, not {value}: "
                                 f"give that, or another --output")
-    for folder in [path] if path else checkpoints:
+    for folder in checkpoints:
         if read_manifest(folder):
             return str(folder)
         print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
 
-
-def write_run(config: Config, device: torch.device) -> None:
+def write_run(config, device: torch.device) -> None:
     """Write run.json: flags, versions, git commit, device, processes and command line of this start."""
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -778,9 +727,10 @@ def write_run(config: Config, device: torch.device) -> None:
             "git_commit": commit or None, "device": str(device), "world_size": dist.get_world_size(),
             "argv": sys.argv})
 
-
 # ---- evaluation and logs
 
+LOSSES = ("mlm_loss", "bow_loss", "enhanced_loss")
+EVALUATED = ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage")
 
 def held_out_batches(config: Config, tokenizer, tables) -> list[BatchEncoding]:
     """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
@@ -790,82 +740,56 @@ def held_out_batches(config: Config, tokenizer, tables) -> list[BatchEncoding]:
     return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i)
             for i in range(0, len(windows), 64)]
 
-
 @torch.no_grad()
 def evaluate(model: BowMAE, batches: list[BatchEncoding], device) -> dict:
     """Held-out masked-LM loss (a mean over tokens), bag-of-word loss and term coverage (over windows)."""
     model.eval()
-    sums, counts = Counter(), Counter()
+    sums, counts = np.zeros(3), np.zeros(3)
     for batch in batches:
         batch = batch.to(device)
-        values = model(batch, "bow")
+        losses = model(batch, "bow")
         cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]          # of the unmasked text
-        coverage = term_coverage(mlm_head(model.lm, cls), batch["input_ids"], model.special)
-        for name, value in (values | {"term_coverage": coverage.mean()}).items():
-            terms = batch["terms"]["mlm_loss" if name == "mlm_loss" else "bow_loss"]
-            sums[f"eval_{name}"] += value.item() * terms
-            counts[f"eval_{name}"] += terms
+        coverage = term_coverage(mlm_head(model.lm, cls), batch["input_ids"], model.special).mean()
+        count = np.array([len(batch["chosen"]), len(cls), len(cls)])
+        sums += count * [float(losses["mlm_loss"]), float(losses["bow_loss"]), float(coverage)]
+        counts += count
     model.train()
-    return {name: sums[name] / counts[name] for name in sums}
+    return dict(zip(EVALUATED, (sums / counts).tolist()))
 
+def write_metrics(config, record: dict) -> dict:
+    """Append a line to metrics.jsonl; what is no number (a norm that overflowed) is null. Returns it."""
+    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    with blame(f"--output: {config.output} cannot be written"):
+        with Path(config.output, "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return record
 
-class MetricsLog:
-    """The lines of metrics.jsonl and the progress bar, of the first process; all check their losses."""
+def cut_metrics(config, size: int) -> None:
+    """Drop the lines of metrics.jsonl after a checkpoint: a run that goes on makes them again."""
+    with blame(f"--output: {config.output} cannot be written"):
+        with Path(config.output, "metrics.jsonl").open("a") as file:
+            file.truncate(min(size, file.tell()))
 
-    def __init__(self, config: Config, step: int, device: torch.device):
-        self.path, self.device, self.records = Path(config.output, "metrics.jsonl"), device, []
-        self.pending, self.sizes, self.first = [], np.zeros(3), dist.get_rank() == 0
-        self.began = time.perf_counter()
-        if self.first:
-            for line in self.path.read_text().splitlines() if self.path.exists() else []:
-                with contextlib.suppress(ValueError):  # a killed run may have torn its last line
-                    self.records += [record for record in [json.loads(line)] if record["step"] <= step]
-            whole = self.path.with_suffix(".tmp")
-            whole.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-            whole.replace(self.path)
-        self.bar = tqdm(total=config.steps, initial=step, unit="step", disable=not self.first)
-
-    def write(self, record: dict) -> None:
-        """Append a line, on the first process; what is no number (a norm that overflowed) is null."""
-        self.records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
-        if self.first:
-            with blame(f"--output: {self.path} cannot be written"), self.path.open("a") as file:
-                file.write(json.dumps(self.records[-1]) + "\n")
-
-    def evaluations(self) -> list[dict]:
-        """The evaluations so far."""
-        return [record for record in self.records if "eval_mlm_loss" in record]
-
-    def evaluate(self, step: int, model: BowMAE, batches: list[BatchEncoding], again: bool = True) -> None:
-        """Log how the model does on the held-out texts, if there are any."""
-        if batches and (again or not self.evaluations()):
-            self.write({"step": step} | evaluate(model, batches, self.device))
-
-    def flush(self, lr: float, weight: float, scaled: bool) -> None:
-        """Read the losses since the last call; raises UserError at one not finite, else logs the last."""
-        for step, losses in self.pending:
-            losses = {name: value.item() for name, value in losses.items()}
-            # a loss scaler skips steps with an overflow in the gradient by itself
-            for name in ("loss",) if scaled else ("loss", "grad_norm"):
-                if not math.isfinite(losses[name]):
-                    raise UserError(f"the {name} is {losses[name]} at step {step}, the last checkpoint is "
-                                    f"whole: lower --lr or set --precision fp32, with another --output")
-        tokens, positions, waited = self.sizes
-        seconds = time.perf_counter() - self.began  # the wait for the device, not evaluating nor saving
-        memory = (torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-        self.write({"step": step, **losses, "bow_weight": weight, "lr": lr,
-                    "tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / positions,
-                    "data_wait_share": waited / seconds, "peak_memory_mb": memory})
-        shown = {name: f"{value:.3f}" for name, value in losses.items() if name.endswith("_loss")}
-        self.bar.set_postfix(shown | {"tokens/s": f"{tokens / seconds:,.0f}"})
-        self.pending, self.sizes = [], np.zeros(3)
-
+def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, seconds: float) -> None:
+    """Read the losses of the steps since the last line; UserError at one not finite, else log the last."""
+    for step, losses in pending:
+        losses = {name: float(value) for name, value in losses.items()}
+        # a loss scaler skips steps with an overflow in the gradient by itself
+        for name in ("loss",) if config.precision == "fp16" else ("loss", "grad_norm"):
+            if not math.isfinite(losses[name]):
+                raise UserError(f"the {name} is {losses[name]} at step {step}, the last checkpoint is whole: "
+                                f"lower --lr or set --precision fp32, with another --output")
+    rate = totals["tokens"] / seconds
+    memory = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    shown = {name: f"{value:.3f}" for name, value in losses.items() if name.endswith("_loss")}
+    bar.set_postfix(shown | {"tokens/s": f"{rate:,.0f}"})
+    if dist.get_rank() == 0:
+        write_metrics(config, {"step": step, **losses, "tokens_per_second": rate,
+                               "padding_share": 1 - totals["tokens"] / totals["positions"],
+                               "data_wait_share": totals["waited"] / seconds, "peak_memory_mb": memory})
 
 # ---- training loop
-
-LOSSES = ("mlm_loss", "bow_loss", "enhanced_loss")
-
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type that --precision computes in; `auto` is bfloat16 on devices that have it, else float32."""
@@ -874,24 +798,40 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     auto = torch.bfloat16 if native else torch.float32
     return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
-
-def load_training(config: Config, checkpoint: str | None, tokenizer, device):
-    """Model, AdamW (β₂ of RoBERTa) and loss scaler, as in the checkpoint if any, its step and positions."""
-    lm = load_lm(config, checkpoint, tokenizer)
-    model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device)
+def load_optimizer(config, model, checkpoint: str | None, device):
+    """AdamW (β₂ of RoBERTa) and the loss scaler, as in the checkpoint if any, and what else it holds."""
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix],
                "weight_decay": config.weight_decay * matrix} for matrix in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    state = {"step": 0, "positions": {}}
+    scaler, state = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), {"step": 0}
     if checkpoint:
         state = torch.load(Path(checkpoint, "training_state.pt"), map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        if config.objective == "enhanced":
-            model.decoder.load_state_dict(state["decoder"])
-    return model, optimizer, scaler, state["step"], state["positions"]
+    return optimizer, scaler, state
 
+def wrap_ddp(model, batch, compiled: bool = False) -> DistributedDataParallel:
+    """The model under DDP, after one backward pass whose gradients are thrown away.
+
+    DDP lays its buckets out anew after the first pass: with that done, a resumed run sums gradients in the
+    same order as one never stopped.
+    """
+    ddp = DistributedDataParallel(torch.compile(model, dynamic=True) if compiled else model,
+                                  gradient_as_bucket_view=True)
+    sum(ddp(batch).values()).backward()
+    ddp.zero_grad()
+    return ddp
+
+def update(ddp, optimizer, scaler, lr: float):
+    """Clip the gradient to a norm of 1 and take an AdamW step; returns the norm before."""
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return grad_norm
 
 def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, weight: float, device, dtype):
     """One optimizer step on this process's micro-batches; terms are the step's counts over all processes.
@@ -910,16 +850,8 @@ def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, we
             loss = sum(share * (weight if name == "bow_loss" else 1.0) for name, share in shares.items())
             scaler.scale(loss * dist.get_world_size()).backward()
         total = total + torch.stack([loss, *shares.values()]).detach()
-    scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
     dist.all_reduce(total)
-    return dict(zip(["loss", *losses], total)) | {"grad_norm": grad_norm}
-
+    return dict(zip(["loss", *losses], total)) | {"grad_norm": update(ddp, optimizer, scaler, lr)}
 
 def start_loader(config: Config, tokenizer, positions: dict, step: int, device):
     """This process's micro-batches without end, and the held-out ones; data that is bad at once ends all."""
@@ -930,101 +862,114 @@ def start_loader(config: Config, tokenizer, positions: dict, step: int, device):
                                               num_workers=config.workers and math.gcd(config.workers, share)))
     head = list(islice(loader, share))
     agree(next((item for item in head if isinstance(item, UserError)), None))
-    return chain(head, loader), on_first(held_out_batches, config, tokenizer, stream.tables)
+    return chain(head, loader), together(held_out_batches, config, tokenizer, stream.tables, first=True)
 
+def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None:
+    """Take the steps after `step`, with bar, logs, evaluations and checkpoints; at a signal save and exit.
 
-def wrap_ddp(model: BowMAE, batch: BatchEncoding, config: Config) -> DistributedDataParallel:
-    """The model under DDP, after one backward pass whose gradients are thrown away.
-
-    DDP lays its buckets out anew after the first pass: with that done, a resumed run sums gradients in the
-    same order as one never stopped.
+    do_step(step, signals) returns losses by name, a Counter of tokens, positions and seconds waited for data,
+    and the number of signals in all processes; save(step) writes a checkpoint; evaluation(step) logs.
     """
-    compiled = torch.compile(model, dynamic=True) if config.compile else model
-    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-    sum(ddp(batch).values()).backward()
-    ddp.zero_grad()
-    return ddp
-
+    stops, leaving, pending, totals, began = [], 0, [], Counter(), time.perf_counter()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stops.append(number))
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=dist.get_rank() > 0)
+    while step < config.steps and not leaving:
+        step += 1
+        losses, counts, leaving = do_step(step, len(stops))
+        pending.append((step, losses))
+        totals.update(counts)
+        bar.update()
+        saves = leaving or step == config.steps or step % config.save_every == 0
+        evaluates = evaluation and (step == config.steps or step % config.eval_every == 0)
+        if saves or evaluates or step % config.log_every == 0:
+            together(log_steps, config, device, bar, pending, totals, time.perf_counter() - began)
+            pending, totals = [], Counter()
+        if evaluates:
+            together(evaluation, step, first=True)
+        if saves:
+            save(step)
+        if not pending:  # the rate is of training alone
+            began = time.perf_counter()
+    bar.close()
+    if step < config.steps:
+        agree()
+        if dist.get_rank() == 0:
+            print(f"stopped by a signal, saved after step {step}: the same command goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 def train(config: Config, device: torch.device) -> None:
     """Pre-train to --steps, from the newest checkpoint or from the start; the model is left in --output."""
-    first, world_size = dist.get_rank() == 0, dist.get_world_size()
-    dtype = compute_dtype(config.precision, device)
-    checkpoint = on_first(find_checkpoint, config)
-    tokenizer = on_first(load_tokenizer, config, checkpoint)
-    model, optimizer, scaler, step, positions = together(load_training, config, checkpoint, tokenizer, device)
-    loader, held_out = start_loader(config, tokenizer, positions, step, device)
-    batch = next(loader)
-    ddp, loader = wrap_ddp(model, batch.to(device), config), chain([batch], loader)
-    on_first(write_run, config, device)
-    stops, leaving, log = [], False, together(MetricsLog, config, step, device)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stops.append(number))
-    if first:
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        tqdm.write(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = "
-                   f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
-                   f"steps of up to {config.batch_size * config.max_length:,} tokens | {device} {dtype}")
-    on_first(log.evaluate, step, model, held_out, False)
-    while step < config.steps and not leaving:
-        step, began = step + 1, time.perf_counter()
+    world_size, dtype = dist.get_world_size(), compute_dtype(config.precision, device)
+    checkpoint = together(find_checkpoint, config, first=True)
+    source = checkpoint or config.model
+    tokenizer = (together(learn_tokenizer, config, first=True) if source in FRESH
+                 else together(load_tokenizer, source, first=True))
+    lm = together(load_lm, source, tokenizer, config.max_length, config.seed)
+    model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device)
+    optimizer, scaler, state = load_optimizer(config, model, checkpoint, device)
+    if "decoder" in state:
+        model.decoder.load_state_dict(state["decoder"])
+    loader, held_out = start_loader(config, tokenizer, state.get("positions", {}), state["step"], device)
+    first_batch, positions = next(loader), {}
+    loader, ddp = chain([first_batch], loader), wrap_ddp(model, first_batch.to(device), config.compile)
+    together(write_run, config, device, first=True)
+    together(cut_metrics, config, state.get("logged", 0), first=True)
+    evaluations = state.get("evaluations", [])
+
+    def _step(step, signals):
+        began = time.perf_counter()
         batches = list(islice(loader, config.parts // world_size))
         waited = time.perf_counter() - began
         error = next((item for item in batches if isinstance(item, UserError)), None)
-        batches = [] if error else batches
-        sizes = [(batch["tokens"], batch["input_ids"].numel(), *batch["terms"].values()) for batch in batches]
-        leaving, tokens, places, *terms = agree(error, [len(stops), *np.sum([[0] * 5, *sizes], axis=0)])
-        terms, (lr, weight) = dict(zip(LOSSES, terms)), schedule(config, step)
+        counts = [[batch["tokens"], batch["input_ids"].numel(), *batch["terms"].values()]
+                  for batch in batches if not error]
+        signals, tokens, places, *terms = agree(error, [signals, *np.sum([[0] * 5, *counts], axis=0)])
+        positions.update({batch["part"]: batch["position"] for batch in batches})
+        lr, weight, terms = learning_rate(config, step), bow_weight(config, step), dict(zip(LOSSES, terms))
         losses = train_step(ddp, optimizer, scaler, batches, terms, lr, weight, device, dtype)
-        log.pending.append((step, losses))
-        log.sizes += tokens, places, waited
-        log.bar.update()
-        saves = leaving or step == config.steps or step % config.save_every == 0
-        evaluates = step == config.steps or step % config.eval_every == 0
-        if saves or evaluates or step % config.log_every == 0:
-            together(log.flush, lr, weight, scaler.is_enabled())
-        if evaluates:
-            on_first(log.evaluate, step, model, held_out)
-        if saves:
-            everyone = [None] * world_size
-            dist.all_gather_object(everyone, {batch["part"]: batch["position"] for batch in batches})
-            decoder = model.decoder.state_dict() if config.objective == "enhanced" else {}
-            on_first(save_checkpoint, config, model.lm, tokenizer, {
-                "step": step, "positions": {part: at for some in everyone for part, at in some.items()},
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "decoder": decoder})
-        if not log.pending:
-            log.began = time.perf_counter()
-    log.bar.close()
-    if step < config.steps:
-        agree()
-        if first:
-            print(f"stopped by a signal, saved after step {step}: the same command goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
-    on_first(finish, config, log)
+        totals = {"tokens": tokens, "positions": places, "waited": waited}
+        return losses | {"bow_weight": weight, "lr": lr}, totals, signals
 
+    def _evaluate(step):
+        evaluations.append(write_metrics(config, {"step": step} | evaluate(model, held_out, device)))
 
-def finish(config: Config, log: MetricsLog) -> None:
+    def _save(step):
+        everyone = [None] * world_size
+        dist.all_gather_object(everyone, positions)
+        decoder = {"decoder": model.decoder.state_dict()} if config.objective == "enhanced" else {}
+        together(save_checkpoint, config, lm, tokenizer, decoder | {
+            "step": step, "positions": {part: at for some in everyone for part, at in some.items()},
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "evaluations": evaluations},
+            config.max_length, first=True)
+
+    if dist.get_rank() == 0:
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        print(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = "
+              f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
+              f"steps of up to {config.batch_size * config.max_length:,} tokens | {device} {dtype}", flush=True)
+    if held_out and not evaluations:
+        together(_evaluate, state["step"], first=True)
+    run_steps(config, device, state["step"], _step, _save, _evaluate if held_out else None)
+    together(finish, config, evaluations, first=True)
+
+def finish(config, evaluations: list[dict] = ()) -> None:
     """Put the model of the last checkpoint into --output, and print what the run changed."""
     output, ours = Path(config.output), shutil.ignore_patterns("trainer_state.json", "training_state.pt")
     with blame(f"--output: the model cannot be written to {output}; mend that and give the command again"):
-        shutil.copytree(list_checkpoints(config.output)[0], output, ignore=ours, dirs_exist_ok=True)
-    if log.evaluations():
+        shutil.copytree(list_checkpoints(output)[0], output, ignore=ours, dirs_exist_ok=True)
+    if evaluations:
         print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
-        for name in ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"):
-            before, after = (log.evaluations()[i][name] for i in (0, -1))
-            print(f"{name[5:]:<16}{before:>10.4f}{after:>10.4f}")
+        for name in EVALUATED:
+            print(f"{name[5:]:<16}{evaluations[0][name]:>10.4f}{evaluations[-1][name]:>10.4f}")
     print(f"model saved in {output}")
-
 
 def main(argv: list[str] | None = None) -> None:
     """Pre-train with the flags of a command line; exits with 2 and one line on an error the user can mend."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
+    logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
     transformers.utils.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(logging.CRITICAL)
     with process_group() as device:
         train(together(parse_config, argv), device)
-
 
 if __name__ == "__main__":
     main()
