@@ -113,9 +113,9 @@ def parse_config(argv: list[str] | None = None, kind: type = Config):
     parser.error = _fail
     config = kind(**vars(parser.parse_args(argv)))
     for name, value in vars(config).items():
-        from_zero = isinstance(value, float) or name in ("seed", "workers", "warmup_steps", "negatives")
+        from_zero = isinstance(value, float) or name in ("warmup_steps", "negatives")
         least = 3 if name.endswith("_length") else 0 if from_zero else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
+        if type(value) in (int, float) and value != getattr(kind, name) and not least <= value < math.inf:
             _fail(f"--{name} {value} must be a finite number, at least {least}")
     config.check()
     return config
@@ -906,7 +906,7 @@ def train(config: Config, device: torch.device) -> None:
     tokenizer = (together(learn_tokenizer, config, first=True) if source in FRESH
                  else together(load_tokenizer, source, first=True))
     lm = together(load_lm, source, tokenizer, config.max_length, config.seed)
-    model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device)
+    model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device).train()
     optimizer, scaler, state = load_optimizer(config, model, checkpoint, device)
     if "decoder" in state:
         model.decoder.load_state_dict(state["decoder"])

@@ -1,0 +1,837 @@
+# SPDX-License-Identifier: MIT
+"""Fine-tune, search and evaluate a dense retriever that `bow_mae.py` has pre-trained (arXiv 2401.11248, §4).
+
+The two-stage recipe of the paper on the documentation of the installed Python packages, and a table:
+    torchrun eval_retrieval.py
+Its steps one by one; --data is a BEIR folder or hub name, or a folder with the .tsv files of MS MARCO:
+    torchrun eval_retrieval.py evaluate --data beir/nfcorpus --model out/bow_mae --output out/nfcorpus
+    torchrun eval_retrieval.py mine     --data msmarco --model bm25 --output out/mined
+    torchrun eval_retrieval.py finetune --data msmarco --negatives_file out/mined/negatives.jsonl
+    python eval_retrieval.py search "how to read a csv file" --output out/retrieval/zero_shot
+    python eval_retrieval.py explain "Read a comma-separated values (csv) file." --model out/bow_mae
+Copy it together with bow_mae.py; it needs torch, transformers, datasets, faiss-cpu and numpy.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+import unicodedata
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import faiss
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as with_gradient
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg
+
+import bow_mae
+from bow_mae import UserError, blame, together
+
+@dataclass
+class RetrievalConfig:
+    """Every flag, with its unit. The defaults are the run of `torchrun eval_retrieval.py`."""
+
+    data: str = HfArg(default="python-docs", help="python-docs, BEIR folder or hub name, MS MARCO folder")
+    split: str = HfArg(default="test", help="of the queries to evaluate")
+    train_split: str = HfArg(default="train", help="of the queries to fine-tune on or mine negatives for")
+    train_data: str = HfArg(default="", help="a Tevatron .jsonl to fine-tune on, instead of --data")
+    model: str = HfArg(default="out/bow_mae", help="masked LM (folder, hub name), or bm25")
+    output: str = HfArg(default="out/retrieval", help="folder of all that is written")
+    index: str = HfArg(default="Flat", help="a faiss.index_factory string: SQfp16, IVF1024,Flat, HNSW32 ...")
+    top_k: int = HfArg(default=1000, help="passages in the run file for each query")
+    max_query_length: int = HfArg(default=32, help="tokens of a query")
+    max_passage_length: int = HfArg(default=64, help="tokens of a passage")
+    similarity: Literal["dot", "cos"] = HfArg(default="dot", help="between two [CLS] vectors")
+    relevance_level: int = HfArg(default=1, help="least grade that counts as relevant, but for nDCG")
+    keep_identical_ids: bool = HfArg(default=False, help="keep a passage whose id is that of its query")
+    compare: str = HfArg(default="", help="a run file of the same queries, to test the differences from")
+    depth: list[int] = HfArg(default_factory=lambda: [2, 200], help="first and last rank to mine")
+    sample: int = HfArg(default=128, help="negatives to draw of these ranks for each query")
+    max_positive_ratio: float = HfArg(default=0.0, help="drop those above this share of the positive's score")
+    negatives_file: str = HfArg(default="", help="what `mine` wrote; without it passages drawn at random")
+    negatives: int = HfArg(default=1, help="hard negatives of a query in a batch")
+    temperature: float = HfArg(default=1.0, help="that scores are divided by in the loss")
+    epochs: int = HfArg(default=2, help="passes over the training queries")
+    steps: int = HfArg(default=0, help="optimizer steps; 0: as many as --epochs make")
+    batch_size: int = HfArg(default=64, help="queries in an optimizer step, over all processes")
+    micro_batch_size: int = HfArg(default=32, help="queries encoded at a time")
+    lr: float = HfArg(default=5e-4, help="peak learning rate of AdamW")
+    lr_final_ratio: float = HfArg(default=0.1, help="last learning rate over the peak, reached by a cosine")
+    warmup_steps: int = HfArg(default=50, help="steps of linear warm-up")
+    weight_decay: float = HfArg(default=0.01, help="of AdamW, on matrices alone")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 if native")
+    seed: int = HfArg(default=0, help="of the order of the queries, the negatives and the dropout")
+    workers: int = HfArg(default=0, help="loader processes of each process")
+    save_every: int = HfArg(default=500, help="steps between checkpoints")
+    keep: int = HfArg(default=1, help="newest checkpoints that stay")
+    log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
+    resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a folder of one")
+
+    def check(self) -> None:
+        """Raise UserError where values do not go together."""
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.batch_size % (self.micro_batch_size * processes):
+            raise UserError(f"--batch_size {self.batch_size} is not a multiple of --micro_batch_size "
+                            f"{self.micro_batch_size} x {processes} processes")
+        if len(self.depth) != 2 or not 1 <= self.depth[0] <= self.depth[1]:
+            raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
+        if not self.temperature:
+            raise UserError("--temperature 0 would divide by zero")
+
+# ---- task formats
+
+@dataclass
+class Task:
+    """Passages, queries of a split, and their judgements. Passages stay on disk; the rest is in memory."""
+
+    passages: datasets.Dataset  # _id, title, text
+    rows: dict[str, int]  # the row of each passage id
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]  # the grade of each judged passage of each query
+    answers: dict[str, list[str]] = field(default_factory=dict)  # of NQ and TriviaQA
+
+    def texts(self, rows) -> list[str]:
+        """Title and text of passages, by row."""
+        some = self.passages[list(map(int, rows))]
+        return [f"{title or ''} {text or ''}".strip() for title, text in zip(some["title"], some["text"])]
+
+def read_records(path: Path, columns: str = ""):
+    """Yield (line number, record) of a .jsonl, or of a .tsv with these columns, either may end in .gz."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if ".jsonl" not in path.name:
+                    yield number, dict(zip(columns.split(), line.rstrip("\r\n").split("\t")))
+                elif line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError("a record must be an object {...}")
+                    yield number, record
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}, line {number + 1}: {error}") from error
+
+def find_file(folder: Path, *names: str) -> Path | None:
+    """The first of these files that is there, as it is or with .gz."""
+    paths = [folder / (name + end) for name in names for end in ("", ".gz")]
+    return next((path for path in paths if path.is_file()), None)
+
+def read_passages(path: str, stamp: list):
+    """Yield the passages of a corpus.jsonl or collection.tsv; the stamp is part of the key of their cache."""
+    for number, record in read_records(Path(path), "_id text"):
+        values = [record.get("_id", record.get("id")), record.get("title") or "", record.get("text") or ""]
+        if values[0] is None or not all(isinstance(value, str) for value in values[1:]):
+            raise UserError(f"{path}, line {number}: a passage needs an _id and a text")
+        yield dict(zip(("_id", "title", "text"), map(str, values)))
+
+def read_queries(path: Path) -> tuple[dict, dict]:
+    """Texts and answers (if any) by query id, of a queries.jsonl or queries.tsv."""
+    queries, answers = {}, {}
+    for number, record in read_records(path, "_id text"):
+        query_id, text = str(record.get("_id", record.get("id"))), record.get("text", record.get("query"))
+        if query_id == "None" or not isinstance(text, str) or query_id in queries:
+            raise UserError(f"{path}, line {number}: a query needs an _id of its own and a text")
+        queries[query_id] = text
+        if record.get("answers"):
+            answers[query_id] = record["answers"]
+    return queries, answers
+
+def read_qrels(path: Path) -> dict:
+    """Grades by query and passage id; lines are query-id, (TREC's iteration,) passage-id, grade."""
+    qrels = defaultdict(dict)
+    for number, record in read_records(path, "a b c d"):
+        fields = list(record.values()) if len(record) > 2 else " ".join(record.values()).split()
+        if number == 1 and fields[-1] == "score":
+            continue
+        if len(fields) not in (3, 4) or not re.fullmatch(r"-?\d+", fields[-1].strip()):
+            raise UserError(f"{path}, line {number}: give query-id, passage-id and a whole number")
+        qrels[fields[0]][fields[-2]] = int(fields[-1])
+    return dict(qrels)
+
+def cached(read, path: Path) -> datasets.Dataset:
+    """What a generator reads from a file, on disk in the cache of `datasets`, under its size and time."""
+    cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
+    with blame(f"{path} cannot be read, or {cache} not written"):
+        try:
+            stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+            return datasets.Dataset.from_generator(read, gen_kwargs={"path": str(path), "stamp": stamp},
+                                                   cache_dir=cache)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ or error  # a UserError with file and line
+
+def load_task(config: RetrievalConfig, split: str) -> Task:
+    """The passages, and the queries that a split judges; UserError names the file and line that is bad."""
+    folder, answers = Path(config.data), {}
+    if config.data == "python-docs":
+        docs = bow_mae.python_docs()
+        splits = {"train": range(2, 10), "dev": [1], "test": [0]}
+        if split not in splits:
+            raise UserError(f"--split {split}: python-docs has train, dev and test")
+        passages = docs.remove_columns("query").add_column("title", [""] * len(docs))
+        chosen = [(name, query) for name, query in zip(docs["_id"], docs["query"])
+                  if bow_mae.text_hash(name) % 10 in splits[split]]
+        queries = {f"query:{name}": query for name, query in chosen}
+        qrels = {f"query:{name}": {name: 1} for name, _ in chosen}
+    elif folder.is_dir():
+        corpus, judged = find_file(folder, "corpus.jsonl", "collection.tsv"), find_file(
+            folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
+        asked = find_file(folder, "queries.jsonl", f"queries.{split}.tsv", "queries.tsv")
+        if not corpus or not asked or not judged:
+            there = sorted(str(path.relative_to(folder)) for path in folder.glob("*qrels*/*.tsv*"))
+            there += sorted(path.name for path in folder.glob("qrels*.tsv*"))
+            missing = "corpus.jsonl" if not corpus else f"qrels of {split}" if not judged else "queries"
+            raise UserError(f"--data {folder} has no {missing}; its qrels are {' '.join(there) or 'none'}")
+        (queries, answers), qrels = read_queries(asked), read_qrels(judged)
+        passages = cached(read_passages, corpus)
+    else:
+        with blame(f"--data {config.data}, no folder here, as a hub dataset with corpus, queries and -qrels"):
+            passages = datasets.load_dataset(config.data, "corpus", split="corpus")
+            asked = datasets.load_dataset(config.data, "queries", split="queries")
+            judged = datasets.load_dataset(f"{config.data}-qrels", split=split)
+        queries, qrels = dict(zip(map(str, asked["_id"]), asked["text"])), defaultdict(dict)
+        for query_id, passage_id, grade in zip(judged["query-id"], judged["corpus-id"], judged["score"]):
+            qrels[str(query_id)][str(passage_id)] = int(grade)
+    return check_task(config, passages, queries, qrels, answers)
+
+def check_task(config: RetrievalConfig, passages, queries: dict, qrels: dict, answers: dict) -> Task:
+    """A task of the queries that are judged; UserError where an id is unknown or there twice."""
+    ids = list(map(str, passages["_id"]))
+    rows = dict(zip(ids, range(len(ids))))
+    if not ids or len(rows) < len(ids):
+        twice = next((name for name, count in Counter(ids).items() if count > 1), None)
+        raise UserError(f"--data {config.data}: passage id {twice!r} stands there twice" if ids else
+                        f"--data {config.data} has no passage")
+    unknown = [name for name in qrels if name not in queries]
+    unknown += [name for judged in qrels.values() for name in judged if name not in rows]
+    if unknown:
+        raise UserError(f"--data {config.data}: the qrels have {len(unknown)} unknown ids: {unknown[0]!r}")
+    queries = {name: queries[name] for name in qrels}
+    return Task(passages, rows, queries, qrels, {name: answers[name] for name in queries if name in answers})
+
+# ---- BM25
+
+def bm25_index(texts: list[str]) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
+    """An inverted index: the number of each word, where its postings begin, their passages and weights.
+
+    Robertson's BM25 as in Lucene, k1 = 0.9, b = 0.4, words of letters and digits in lower case. All postings
+    are in memory, 16 bytes each: meant for up to some million passages.
+    """
+    words, numbers, rows, counts, lengths = {}, [], [], [], []
+    for row, text in enumerate(tqdm(texts, desc="BM25", unit="passage", leave=False)):
+        found = Counter(re.findall(r"\w+", text.lower()))
+        numbers += [words.setdefault(word, len(words)) for word in found]
+        rows += [row] * len(found)
+        counts += found.values()
+        lengths.append(found.total())
+    numbers, rows, counts, lengths = map(np.array, (numbers, rows, counts, lengths))
+    frequency = np.bincount(numbers, minlength=len(words))                             # (words,)
+    idf = np.log(1 + (len(lengths) - frequency + 0.5) / (frequency + 0.5))
+    norm = 0.9 * (1 - 0.4 + 0.4 * lengths / lengths.mean())                            # (passages,)
+    weights = (idf[numbers] * counts / (counts + norm[rows])).astype(np.float32)
+    order = np.argsort(numbers, kind="stable")
+    return words, np.concatenate([[0], np.cumsum(frequency)]), rows[order], weights[order]
+
+def bm25_search(index, size: int, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of `size` passages for each query: scores and rows (Q, k), row -1 where none matches."""
+    words, starts, rows, weights = index
+    scores, found = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1)
+    for i, query in enumerate(tqdm(queries, desc="BM25", unit="query", leave=False)):
+        total = np.zeros(size, np.float32)
+        for word, count in Counter(re.findall(r"\w+", query.lower())).items():
+            if word in words:
+                at = slice(starts[words[word]], starts[words[word] + 1])
+                total[rows[at]] += count * weights[at]
+        best = np.argsort(-total, kind="stable")[:k]
+        best = best[total[best] > 0]
+        scores[i, : len(best)], found[i, : len(best)] = total[best], best
+    return scores, found
+
+# ---- encoding
+
+CHUNK = 4096  # passages in a file of vectors
+TOKENS = 16384  # tokens in a batch to encode
+
+class Encoder:
+    """[CLS] vectors of texts by a masked LM; `key` is a hash of its weights and what else they depend on."""
+
+    def __init__(self, config: RetrievalConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.dtype = bow_mae.compute_dtype(config.precision, device)
+        self.tokenizer = bow_mae.load_tokenizer(config.model)
+        longest = max(config.max_query_length, config.max_passage_length)
+        self.lm = bow_mae.load_lm(config.model, self.tokenizer, longest, config.seed).to(device).eval()
+        weights = hashlib.sha256(f"{self.dtype} {config.similarity} {config.max_passage_length}".encode())
+        for tensor in self.lm.base_model.state_dict().values():
+            weights.update(tensor.cpu().numpy().tobytes())
+        self.key = weights.hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str], max_length: int, bar: tqdm | None = None) -> np.ndarray:
+        """The vectors (N, D) of texts, float32, computed in batches of like length."""
+        vectors = np.empty((len(texts), self.lm.config.hidden_size), np.float32)
+        tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+        order, start = sorted(range(len(texts)), key=lambda i: -len(tokens[i])), 0
+        while start < len(order):
+            some = order[start : start + max(1, TOKENS // len(tokens[order[start]]))]
+            batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in some]}, return_tensors="pt")
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                cls = encode(self.lm.base_model, batch.to(self.device), self.config.similarity)
+            vectors[some] = cls.cpu().numpy()
+            start += len(some)
+            if bar is not None:
+                bar.update(len(some))
+        if not np.isfinite(vectors).all():
+            raise UserError(f"--model {self.config.model}: a vector is not finite; set --precision fp32")
+        return vectors
+
+def encode(encoder, batch, similarity: str):
+    """h_CLS (B, D) in float32 of input_ids and attention_mask (B, L), of norm 1 for `cos`."""
+    cls = encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, 0].float()
+    return F.normalize(cls, dim=1) if similarity == "cos" else cls                     # (B, D)
+
+def encode_passages(config: RetrievalConfig, task: Task, encoder: Encoder) -> list[Path]:
+    """Write the vectors of this process's share of the passages, CHUNK a file; returns the files in order.
+
+    A file that an earlier run finished is used again; beside it stands a hash of the encoder and its texts,
+    and where that is another, a UserError keeps the two from being mixed.
+    """
+    folder, size = Path(config.output, "vectors"), len(task.passages)
+    starts = np.array_split(np.arange(0, size, CHUNK), dist.get_world_size())[dist.get_rank()]
+    files = [folder / f"{start:010}.npy" for start in starts]
+    share = sum(min(CHUNK, size - start) for start in starts)
+    bar = tqdm(total=int(share), desc="encode", unit="passage", leave=False, disable=dist.get_rank() > 0)
+    for start, file in zip(starts, files):
+        texts = task.texts(range(start, min(start + CHUNK, size)))
+        key = hashlib.sha256("\0".join([encoder.key, *texts]).encode()).hexdigest()
+        with blame(f"--output {folder} cannot be used"):
+            if file.with_suffix(".json").exists():
+                if json.loads(file.with_suffix(".json").read_text())["key"] != key:
+                    raise UserError(f"--output {folder} holds vectors of another model, of other passages or "
+                                    f"flags: give another --output")
+                bar.update(len(texts))
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            vectors = encoder(texts, config.max_passage_length, bar)
+            np.save(file.with_suffix(".tmp.npy"), vectors)
+            file.with_suffix(".tmp.npy").replace(file)
+            bow_mae.write_json(file.with_suffix(".json"), {"key": key, "model": config.model})
+    bar.close()
+    return files
+
+# ---- search
+
+def build_index(config: RetrievalConfig, files: list[Path], encoder: Encoder):
+    """The faiss index of this process's passages, saved under output/index; None without a passage."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    path = Path(config.output, "index", f"{dist.get_rank():05}.faiss")
+    if not files:
+        return None
+    with blame(f"--index {config.index} or --output {path}"):
+        index = faiss.index_factory(encoder.lm.config.hidden_size, config.index, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:  # on up to 100,000 vectors, evenly spaced
+            step = -(-len(files) * CHUNK // 100_000)
+            index.train(np.concatenate([np.load(file, mmap_mode="r")[::step] for file in files]))
+        for file in files:
+            index.add(np.load(file))
+        path.parent.mkdir(exist_ok=True)
+        faiss.write_index(index, str(path))
+        bow_mae.write_json(path.with_suffix(".json"), {"key": encoder.key, "first_row": int(files[0].stem)})
+    return index
+
+def search_index(index, vectors: np.ndarray, k: int, first_row: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k best passages of an index for each vector: scores and rows (Q, k), -1 where there are no more."""
+    if index is None:
+        return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1)
+    inverted = faiss.try_extract_index_ivf(index)
+    if inverted is not None:  # a sixteenth of the lists, against the one that faiss reads by default
+        inverted.nprobe = max(1, inverted.nlist // 16)
+    scores, rows = index.search(vectors, k)
+    return scores, np.where(rows >= 0, rows + first_row, -1)
+
+def merge(found: list) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of several processes' (scores, rows), each (Q, k)."""
+    scores, rows = (np.ascontiguousarray(np.stack(arrays)) for arrays in zip(*found))  # (shards, Q, k)
+    return faiss.merge_knn_results(scores, rows, keep_max=True)
+
+def retrieve(config: RetrievalConfig, task: Task, device: torch.device, k: int):
+    """Scores and rows (Q, k) of the best passages and the seconds of the search, for the first process."""
+    queries = list(task.queries.values())
+    if config.model == "bm25":
+        def _bm25():
+            index, began = bm25_index(task.texts(range(len(task.passages)))), time.perf_counter()
+            found = bm25_search(index, len(task.passages), queries, min(k, len(task.passages)))
+            return *found, time.perf_counter() - began
+        return together(_bm25, first=True)
+    encoder = together(Encoder, config, device)
+    files = together(encode_passages, config, task, encoder)
+    index = together(build_index, config, files, encoder)
+    mine = np.array_split(np.arange(len(queries)), dist.get_world_size())[dist.get_rank()]
+    everyone = [None] * dist.get_world_size()
+    began = time.perf_counter()
+    vectors = together(encoder, [queries[i] for i in mine], config.max_query_length)
+    dist.all_gather_object(everyone, vectors)
+    found = search_index(index, np.concatenate(everyone), k, int(files[0].stem) if files else 0)
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(found, gathered)
+    return (*merge(gathered), time.perf_counter() - began) if gathered else None
+
+def ranking(hits: dict[str, float]) -> list[str]:
+    """Passage ids by falling score (as float32), then by falling id, as trec_eval ranks them."""
+    return sorted(hits, key=lambda name: (np.float32(hits[name]), name.encode()), reverse=True)
+
+def make_run(config: RetrievalConfig, task: Task, scores, rows, k: int) -> dict[str, dict[str, float]]:
+    """The k best passages of each query, {query id: {passage id: score}}, from scores and rows (Q, more)."""
+    ids, run = list(task.rows), {}
+    for query_id, some_scores, some_rows in zip(task.queries, scores.tolist(), rows.tolist()):
+        hits = {ids[row]: score for score, row in zip(some_scores, some_rows) if row >= 0}
+        if not config.keep_identical_ids:
+            hits.pop(query_id, None)
+        run[query_id] = {name: hits[name] for name in ranking(hits)[:k]}
+    return run
+
+# ---- metrics
+
+def evaluate_run(run: dict, qrels: dict, relevance_level: int = 1, keep_identical_ids: bool = False) -> dict:
+    """Each metric of each query, {query id: {metric: value}}, to agree with trec_eval -c.
+
+    run {query id: {passage id: score}}, qrels {query id: {passage id: grade}}. A query without a passage of a
+    positive grade is left out, one that the run lacks scores 0. A passage is relevant from relevance_level
+    on; nDCG has the grades as gains (trec_eval m_ndcg_cut.c), MAP is cut at 1000 (m_map.c).
+    """
+    results = {}
+    for query_id, judged in qrels.items():
+        if max(judged.values(), default=0) < 1:
+            continue
+        hits = {name: score for name, score in run.get(query_id, {}).items()
+                if keep_identical_ids or name != query_id}
+        names = ranking(hits)
+        grades = [max(judged.get(name, 0), 0) for name in names[:10]]
+        ideal = sorted((max(grade, 0) for grade in judged.values()), reverse=True)[:10]
+        count = sum(grade >= relevance_level for grade in judged.values())
+        ranks = [rank for rank, name in enumerate(names, 1) if judged.get(name, 0) >= relevance_level]
+        precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
+        results[query_id] = {
+            "MRR@10": 1 / ranks[0] if ranks and ranks[0] <= 10 else 0.0,
+            "nDCG@10": discounted(grades) / discounted(ideal),
+            "MAP@1000": sum(precisions) / max(count, 1)}
+        for k in (50, 100, 1000):
+            results[query_id][f"Recall@{k}"] = sum(rank <= k for rank in ranks) / max(count, 1)
+        for k in (1, 10, 50, 1000):
+            results[query_id][f"Hit@{k}"] = float(any(rank <= k for rank in ranks))
+    return results
+
+def discounted(gains: list[int]) -> float:
+    """DCG = Σ gain_i / log2(i + 1), linear gains."""
+    return sum(gain / np.log2(rank + 1) for rank, gain in enumerate(gains, 1))
+
+def mean(results: dict) -> dict[str, float]:
+    """The mean of each metric over queries."""
+    names = next(iter(results.values()), {})
+    return {name: float(np.mean([values[name] for values in results.values()])) for name in names}
+
+def answer_tokens(text: str) -> list[str]:
+    """DPR's words of a text: runs of letters, digits and marks, or single other visible characters."""
+    tokens, word = [], ""
+    for character in unicodedata.normalize("NFD", text) + " ":
+        kind = unicodedata.category(character)[0]
+        if kind in "LNM":
+            word += character
+            continue
+        tokens += [word.lower()] if word else []
+        tokens += [character.lower()] if kind not in "ZC" else []
+        word = ""
+    return tokens
+
+def answer_hits(run: dict, answers: dict[str, list[str]], body) -> dict[str, dict[str, float]]:
+    """AnswerHit@k of each query: whether one of its answers stands, word for word, in its k best passages.
+
+    body(passage id) is a passage's text without its title. As DPR's `has_answer`.
+    """
+    def joined(tokens):
+        """A text in which a sequence of tokens can be sought."""
+        return "\0" + "\0".join(tokens) + "\0"
+
+    results = {}
+    for query_id, wanted in answers.items():
+        wanted = [joined(tokens) for tokens in map(answer_tokens, wanted) if tokens]
+        first = np.inf
+        for rank, name in enumerate(ranking(run.get(query_id, {}))[:100], 1):
+            text = joined(answer_tokens(body(name)))
+            if any(answer in text for answer in wanted):
+                first = rank
+                break
+        results[query_id] = {f"AnswerHit@{k}": float(first <= k) for k in (5, 20, 100)}
+    return results
+
+def permutation_test(differences: np.ndarray, seed: int = 0, draws: int = 10_000) -> float:
+    """The two-sided p-value of paired differences (Q,): how often random signs give as large a mean."""
+    rng, observed = np.random.default_rng(seed), abs(differences.sum())
+    signs = (rng.integers(0, 2, (100, len(differences))) * 2 - 1 for _ in range(draws // 100))
+    larger = sum(int((abs(some @ differences) >= observed - 1e-9).sum()) for some in signs)
+    return (larger + 1) / (draws + 1)
+
+def read_run(path: str) -> dict[str, dict[str, float]]:
+    """A TREC run file, `qid Q0 docid rank score tag` a line."""
+    run = defaultdict(dict)
+    for number, record in read_records(Path(path), "line"):
+        fields = record["line"].split()
+        with blame(f"{path}, line {number}: give qid Q0 docid rank score tag"):
+            run[fields[0]][fields[2]] = float(fields[4])
+    return dict(run)
+
+SHOWN = ("MRR@10", "nDCG@10", "Recall@100", "Hit@10")
+
+def print_table(rows: dict[str, dict], columns) -> None:
+    """An aligned table; a row is a name and its values by column."""
+    width = max(map(len, rows), default=0) + 2
+    print("\n" + " " * width + "".join(f"{column:>14}" for column in columns))
+    for name, values in rows.items():
+        cells = (f"{values[column]:>14,.{1 if values[column] > 1 else 4}f}" for column in columns)
+        print(f"{name:<{width}}" + "".join(cells))
+
+# ---- fine-tuning
+
+def judged_examples(config: RetrievalConfig, task: Task) -> list[dict]:
+    """The training queries with the rows of their relevant passages and of their mined negatives, if any."""
+    path, negatives = config.negatives_file, {}
+    for number, record in read_records(Path(path)) if path else []:
+        query_id, names = record.get("query_id"), record.get("negatives")
+        if query_id not in task.queries or not isinstance(names, list):
+            raise UserError(f"--negatives_file {path}, line {number}: no list of negatives, or query "
+                            f"{query_id!r} is not in --train_split {config.train_split}")
+        if not task.rows.keys() >= set(names):
+            raise UserError(f"--negatives_file {path}, line {number}: a passage that --data has not")
+        negatives[query_id] = [task.rows[name] for name in names]
+    examples = [{"query": task.queries[query_id], "negatives": negatives.get(query_id, []),
+                 "positives": [task.rows[name] for name in judged if judged[name] >= config.relevance_level]}
+                for query_id, judged in task.qrels.items()]
+    return [example for example in examples if example["positives"]]
+
+def read_examples(path: str, stamp: list):
+    """Yield the examples of a .jsonl in Tevatron's format; a `score` in a passage is a teacher's."""
+    for number, record in read_records(Path(path)):
+        sides = [record.get("positive_passages"), record.get("negative_passages") or []]
+        if not isinstance(record.get("query"), str) or not sides[0]:
+            raise UserError(f"--train_data {path}, line {number}: a query and positive_passages are needed")
+        example = {"query": record["query"]}
+        for side, passages in zip(("positives", "negatives"), sides):
+            example[side] = [f"{p.get('title') or ''} {p.get('text') or ''}".strip() for p in passages]
+            example[f"{side}_scores"] = [p.get("score") for p in passages]
+        yield example
+
+class FinetuningSteps(torch.utils.data.Dataset):
+    """The micro-batches of this process in each step, from 1 on; a function of (seed, step) alone."""
+
+    def __init__(self, config: RetrievalConfig, tokenizer, examples, task: Task | None):
+        self.config, self.tokenizer, self.examples, self.task = config, tokenizer, examples, task
+        share = config.batch_size // dist.get_world_size()
+        self.mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share, config.micro_batch_size)
+
+    def __getitem__(self, step: int) -> list[dict]:
+        config = self.config
+        epoch, at = divmod(step - 1, len(self.examples) // config.batch_size)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(self.examples))
+        chosen = order[at * config.batch_size : (at + 1) * config.batch_size]
+        batches = []
+        for first in self.mine:
+            queries, passages, scores = zip(*(self.draw(int(i), epoch)
+                                              for i in chosen[first : first + config.micro_batch_size]))
+            batch = {"seed": hash((config.seed, step, first))}  # of integers: the same in every process
+            batch["queries"] = self.tokenize(queries, config.max_query_length)
+            batch["passages"] = self.tokenize(sum(passages, []), config.max_passage_length)
+            batch["teacher"] = torch.tensor(scores) if None not in sum(scores, []) else None
+            batches.append(batch)
+        return batches
+
+    def tokenize(self, texts: list[str], max_length: int):
+        """input_ids and attention_mask (N, L) of texts."""
+        return self.tokenizer(list(texts), truncation=True, max_length=max_length, padding=True,
+                              return_token_type_ids=False, return_tensors="pt")
+
+    def draw(self, i: int, epoch: int) -> tuple[str, list[str], list]:
+        """A query, one of its positives and --negatives of its negatives, drawn each epoch; their scores."""
+        example, count = self.examples[i], self.config.negatives
+        rng = np.random.default_rng([self.config.seed, epoch, i])
+        positive, pool = rng.integers(len(example["positives"])), example["negatives"]
+        if not pool and self.task:
+            pool = rng.integers(len(self.task.passages), size=count).tolist()
+        if count and not pool:
+            raise UserError(f"--train_data: query {example['query']!r} has no negatives; set --negatives 0")
+        picks = rng.choice(len(pool), count, replace=len(pool) < count) if count else []
+        passages = [example["positives"][positive], *(pool[pick] for pick in picks)]
+        given = example.get("negatives_scores", [None] * len(pool))
+        best = example.get("positives_scores", [None] * len(example["positives"]))
+        scores = [best[positive], *(given[pick] for pick in picks)]
+        return example["query"], self.task.texts(passages) if self.task else passages, scores
+
+class BiEncoder(nn.Module):
+    """InfoNCE of queries against the passages of all queries in the step, on all processes (paper §4.2)."""
+
+    def __init__(self, encoder, config: RetrievalConfig):
+        super().__init__()
+        self.encoder, self.config = encoder, config
+
+    def forward(self, batches: list[dict]) -> dict:
+        """The losses over this process's queries, by name; N processes give the gradient of one with all."""
+        encoded = []
+        for batch in batches:
+            torch.manual_seed(batch["seed"])  # the dropout does not depend on who encodes the micro-batch
+            encoded.append([encode(self.encoder, batch[side], self.config.similarity)
+                            for side in ("queries", "passages")])
+        queries, passages = map(torch.cat, zip(*encoded))                              # (b, D), (b·(1+n), D)
+        everyone = torch.cat(with_gradient.all_gather(passages))                       # (B·(1+n), D)
+        scores = queries @ everyone.T / self.config.temperature                        # (b, B·(1+n))
+        count, group = len(queries), len(passages) // len(queries)
+        positive = (dist.get_rank() * count + torch.arange(count, device=scores.device)) * group
+        losses = {"contrastive_loss": F.cross_entropy(scores, positive)}
+        if all(batch["teacher"] is not None for batch in batches):
+            teacher = torch.cat([batch["teacher"] for batch in batches])               # (b, 1+n)
+            own = scores.gather(1, positive[:, None] + torch.arange(group, device=scores.device))
+            losses["teacher_loss"] = F.kl_div(own.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+        return losses
+
+def load_examples(config: RetrievalConfig):
+    """The training examples and, unless --train_data has their texts, the task whose passages they name."""
+    if config.train_data:
+        path = Path(config.train_data)
+        with blame(f"--train_data {path}"):
+            examples, task = cached(read_examples, path), None
+    else:
+        task = load_task(config, config.train_split)
+        examples = judged_examples(config, task)
+    if len(examples) < config.batch_size:
+        raise UserError(f"--batch_size {config.batch_size} is above the {len(examples)} training queries")
+    return examples, task
+
+def finetune(config: RetrievalConfig, device: torch.device) -> None:
+    """Fine-tune --model on the training queries, from the newest checkpoint or the start, into --output."""
+    dtype = bow_mae.compute_dtype(config.precision, device)
+    examples, task = together(load_examples, config, first=True)
+    steps = config.steps or len(examples) // config.batch_size * config.epochs
+    config = replace(config, steps=steps)
+    checkpoint = together(bow_mae.find_checkpoint, config, first=True)
+    source, longest = checkpoint or config.model, max(config.max_query_length, config.max_passage_length)
+    tokenizer = together(bow_mae.load_tokenizer, source, first=True)
+    lm = together(bow_mae.load_lm, source, tokenizer, longest, config.seed).to(device).train()
+    model = BiEncoder(lm.base_model, config)
+    optimizer, scaler, state = bow_mae.load_optimizer(config, model, checkpoint, device)
+    stream = FinetuningSteps(config, tokenizer, examples, task)
+    loader = iter(torch.utils.data.DataLoader(
+        stream, batch_size=None, sampler=range(state["step"] + 1, steps + 1), num_workers=config.workers))
+    ddp = bow_mae.wrap_ddp(model, [moved(batch, device) for batch in together(stream.__getitem__, 1)])
+    together(bow_mae.write_run, config, device, first=True)
+    together(bow_mae.cut_metrics, config, state.get("logged", 0), first=True)
+
+    def _step(step, signals):
+        began = time.perf_counter()
+        batches = together(next, loader)
+        waited, lr = time.perf_counter() - began, bow_mae.learning_rate(config, step)
+        masks = [batch[side]["attention_mask"] for batch in batches for side in ("queries", "passages")]
+        sizes = [sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)]
+        signals, tokens, positions = bow_mae.agree(numbers=[signals, *sizes])
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            losses = ddp([moved(batch, device) for batch in batches])
+        losses = {"loss": sum(losses.values())} | losses
+        scaler.scale(losses["loss"]).backward()
+        total = torch.stack([loss.detach() for loss in losses.values()]) / dist.get_world_size()
+        dist.all_reduce(total)
+        grad_norm = bow_mae.update(ddp, optimizer, scaler, lr)
+        counts = {"tokens": tokens, "positions": positions, "waited": waited}
+        return dict(zip(losses, total)) | {"grad_norm": grad_norm, "lr": lr}, counts, signals
+
+    def _save(step):
+        state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        together(bow_mae.save_checkpoint, config, lm, tokenizer, state, config.max_passage_length,
+                 config.similarity, first=True)
+
+    if dist.get_rank() == 0:
+        print(f"fine-tuning {config.model}: {len(examples):,} queries | {config.batch_size} a step, with "
+              f"1 + {config.negatives} passages, on {dist.get_world_size()} process(es) | {steps} steps | "
+              f"{device} {dtype}", flush=True)
+    bow_mae.run_steps(config, device, state["step"], _step, _save)
+    together(bow_mae.finish, config, first=True)
+
+def moved(batch: dict, device) -> dict:
+    """A micro-batch on the device."""
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+
+# ---- negatives mining
+
+def mine(config: RetrievalConfig, device: torch.device) -> None:
+    """Write output/negatives.jsonl: for each training query, passages not relevant, of ranks --depth."""
+    together(bow_mae.find_checkpoint, config, first=True)
+    together(bow_mae.write_run, config, device, first=True)
+    task = together(load_task, config, config.train_split, first=True)
+    found = retrieve(config, task, device, config.depth[1] + 1)
+    together(write_negatives, config, task, found, first=True)
+
+def write_negatives(config: RetrievalConfig, task: Task, found) -> None:
+    """Draw --sample of the ranks --depth of each query, without its own positives and near-positives."""
+    scores, rows, _ = found
+    path, kept = Path(config.output, "negatives.jsonl"), 0
+    with blame(f"--output {path} cannot be written"), path.with_suffix(".tmp").open("w") as file:
+        for i, (query_id, hits) in enumerate(make_run(config, task, scores, rows, config.depth[1]).items()):
+            positives = {name for name, grade in task.qrels[query_id].items() if grade > 0}
+            names = [name for name in list(hits)[config.depth[0] - 1 :] if name not in positives]
+            if config.max_positive_ratio and hits:  # a positive that was not found has the last rank
+                best = max((hits[name] for name in positives & hits.keys()), default=min(hits.values()))
+                most = best - (1 - config.max_positive_ratio) * abs(best)
+                names = [name for name in names if hits[name] <= most]
+            rng, count = np.random.default_rng([config.seed, i]), min(config.sample, len(names))
+            picks = sorted(rng.choice(len(names), count, replace=False)) if names else []
+            chosen = [names[pick] for pick in picks]
+            kept += len(chosen)
+            file.write(json.dumps({"query_id": query_id, "negatives": chosen,
+                                   "scores": [hits[name] for name in chosen]}) + "\n")
+    path.with_suffix(".tmp").replace(path)
+    print(f"{kept:,} negatives of {len(task.queries):,} queries in {path}")
+
+# ---- commands
+
+def evaluate(config: RetrievalConfig, device: torch.device) -> dict | None:
+    """Retrieve for the queries of --split and write the metrics; returns their means, on the first."""
+    together(bow_mae.find_checkpoint, config, first=True)
+    together(bow_mae.write_run, config, device, first=True)
+    task = together(load_task, config, config.split, first=True)
+    found = retrieve(config, task, device, config.top_k + 17)  # some more, for ties and identical ids
+    return together(report, config, task, found, first=True)
+
+def report(config: RetrievalConfig, task: Task, found) -> dict:
+    """Write run.trec, qrels.trec, per_query.jsonl and metrics.json; returns the means of the metrics."""
+    scores, rows, seconds = found
+    run, output = make_run(config, task, scores, rows, config.top_k), Path(config.output)
+    results = evaluate_run(run, task.qrels, config.relevance_level, config.keep_identical_ids)
+    answered = answer_hits(run, task.answers, lambda name: task.passages[task.rows[name]]["text"] or "")
+    means = mean(results) | mean(answered) | {"queries/s": len(run) / seconds}
+    with blame(f"--output {output} cannot be written"):
+        with (output / "run.trec").open("w") as file:
+            file.writelines(f"{query_id} Q0 {name} {rank} {hits[name]!r} {Path(config.model).name}\n"
+                            for query_id, hits in run.items() for rank, name in enumerate(hits, 1))
+        with (output / "qrels.trec").open("w") as file:
+            file.writelines(f"{query_id} 0 {name} {grade}\n"
+                            for query_id, judged in task.qrels.items() for name, grade in judged.items())
+        with (output / "per_query.jsonl").open("w") as file:
+            file.writelines(json.dumps({"query_id": query_id} | values | answered.get(query_id, {})) + "\n"
+                            for query_id, values in results.items())
+        bow_mae.write_json(output / "metrics.json", means)
+    print_table({config.model: means}, [*means])
+    if config.compare:
+        compare(config, task, results)
+    return means
+
+def compare(config: RetrievalConfig, task: Task, results: dict) -> None:
+    """Print the mean difference of each metric from --compare, with the p-value of a permutation test."""
+    others, rows = evaluate_run(read_run(config.compare), task.qrels, config.relevance_level,
+                                config.keep_identical_ids), {}
+    for name, ours in mean(results).items():
+        differences = np.array([results[query_id][name] - others[query_id][name] for query_id in results])
+        rows[name] = {"ours": ours, "theirs": ours - differences.mean(), "difference": differences.mean(),
+                      "p": permutation_test(differences, config.seed)}
+    print_table(rows, ["ours", "theirs", "difference", "p"])
+    bow_mae.write_json(Path(config.output, "compare.json"), rows)
+
+def recipe(config: RetrievalConfig, device: torch.device) -> None:
+    """The paper's two stages, each command in a folder of its own under --output, and a table of them."""
+    output, table = Path(config.output), {}
+    on = lambda folder, **flags: replace(config, output=str(output / folder), **flags)
+    table["BM25"] = evaluate(on("bm25", model="bm25"), device)
+    table["zero-shot"] = evaluate(on("zero_shot"), device)
+    model = config.model
+    for stage in ("stage1", "stage2"):  # each from the pre-trained model, with negatives of the model before
+        mine(on(f"{stage}/mined", model=model), device)
+        negatives = str(output / stage / "mined" / "negatives.jsonl")
+        finetune(on(f"{stage}/model", negatives_file=negatives), device)
+        model = str(output / stage / "model")
+        table[stage] = evaluate(on(f"{stage}/test", model=model), device)
+    if dist.get_rank() == 0:
+        print_table(table, [*SHOWN, "queries/s"])
+        bow_mae.write_json(output / "table.json", table)
+
+def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
+    """Print the ten best passages for a text, or for each line typed, from the index of `evaluate`."""
+    encoder, task, found = Encoder(config, device), load_task(config, config.split), []
+    for path in sorted(Path(config.output, "index").glob("*.faiss")):
+        saved, index = json.loads(path.with_suffix(".json").read_text()), faiss.read_index(str(path))
+        if saved["key"] != encoder.key:
+            raise UserError(f"--output {path} is the index of another model (dimension {index.d}), not of "
+                            f"--model {config.model} (dimension {encoder.lm.config.hidden_size})")
+        found.append((index, saved["first_row"]))
+    if not found:
+        raise UserError(f"--output {config.output} has no index: run `evaluate` with these flags first")
+    while text or (text := input("search: ").strip()):
+        vectors = encoder([text], config.max_query_length)
+        scores, rows = merge([search_index(index, vectors, 10, first) for index, first in found])
+        for score, row in zip(scores[0], rows[0]):
+            if row >= 0:
+                passage = " ".join(task.texts([row])[0].split())
+                print(f"{score:8.3f}  {task.passages[int(row)]['_id']}\n          {passage[:150]}")
+        if not sys.stdin.isatty():
+            return
+        text = ""
+
+def explain(config: RetrievalConfig, device: torch.device, text: str) -> None:
+    """Print which terms the [CLS] vector of a text holds: the text with them in colour, the best, a share."""
+    encoder = Encoder(config, device)
+    tokens = encoder.tokenizer(text, truncation=True, max_length=config.max_passage_length,
+                               return_offsets_mapping=True)
+    input_ids = torch.tensor([tokens["input_ids"]], device=device)
+    special = bow_mae.special_table(encoder.tokenizer, encoder.lm.config.vocab_size).to(device)
+    with torch.no_grad():
+        hidden = encoder.lm.base_model(input_ids).last_hidden_state[:, 0]
+        logits = bow_mae.mlm_head(encoder.lm, hidden).float()                          # (1, V)
+    terms = bow_mae.bag_of_words(input_ids, special)[0]                                # (V,)
+    covered = set(logits[0].topk(int(terms.sum())).indices.tolist())
+    shown, end = "", 0
+    for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"]):
+        held = token in covered and sys.stdout.isatty()
+        shown += text[end:first] + (f"\033[32m{text[first:last]}\033[0m" if held else text[first:last])
+        end = max(end, last)
+    print(f"{shown}\n\n{'term':<20}{'weight':>8}  in the text")
+    weights, best = logits[0].softmax(0).topk(20)
+    for weight, term in zip(weights.tolist(), best.tolist()):
+        name = encoder.tokenizer.convert_ids_to_tokens(term)
+        print(f"{name:<20}{weight:>8.4f}  {'yes' if terms[term] else ''}")
+    coverage = bow_mae.term_coverage(logits, input_ids, special).item()
+    print(f"\n{coverage:.1%} of the {int(terms.sum())} terms are among the {int(terms.sum())} best")
+
+COMMANDS = {"evaluate": evaluate, "mine": mine, "finetune": finetune, "search": search, "explain": explain}
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command, or all of the recipe; exits with 2 and one line on an error that the user can mend."""
+    logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
+    transformers.utils.logging.disable_progress_bar()
+    argv = sys.argv[1:] if argv is None else argv
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))  # a command, and perhaps its text
+
+    def _parse():
+        if words and words[0] not in COMMANDS:
+            raise UserError(f"{words[0]}: the commands are {' '.join(COMMANDS)}, or none for all")
+        if len(words) > 2 or len(words) == 2 and words[0] not in ("search", "explain"):
+            raise UserError(f"{words[-1]!r} is no flag; put a text to search or explain in quotation marks")
+        return bow_mae.parse_config(argv[len(words) :], RetrievalConfig)
+
+    with bow_mae.process_group() as device:
+        config, command = together(_parse), COMMANDS[words[0]] if words else recipe
+        if command in (search, explain):
+            together(command, config, device, "".join(words[1:]), first=True)
+        else:
+            command(config, device)
+
+if __name__ == "__main__":
+    main()
