@@ -33,7 +33,6 @@ import faiss
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as with_gradient
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -115,8 +114,9 @@ def read_records(path: Path, columns: str = ""):
     """Yield (line number, record) of a .jsonl, or of a .tsv with these columns, either may end in .gz."""
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
+                line = line.decode("utf-8-sig")
                 if ".jsonl" not in path.name:
                     yield number, dict(zip(columns.split(), line.rstrip("\r\n").split("\t")))
                 elif line.strip():
@@ -125,14 +125,14 @@ def read_records(path: Path, columns: str = ""):
                         raise ValueError("a record must be an object {...}")
                     yield number, record
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}, line {number + 1}: {error}") from error
+        raise UserError(f"{path}, line {number}: {error}") from error
 
 def find_file(folder: Path, *names: str) -> Path | None:
     """The first of these files that is there, as it is or with .gz."""
     paths = [folder / (name + end) for name in names for end in ("", ".gz")]
     return next((path for path in paths if path.is_file()), None)
 
-def read_passages(path: str, stamp: list):
+def read_passages(path: str, stamp: str):
     """Yield the passages of a corpus.jsonl or collection.tsv; the stamp is part of the key of their cache."""
     for number, record in read_records(Path(path), "_id text"):
         values = [record.get("_id", record.get("id")), record.get("title") or "", record.get("text") or ""]
@@ -169,7 +169,7 @@ def cached(read, path: Path) -> datasets.Dataset:
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
     with blame(f"{path} cannot be read, or {cache} not written"):
         try:
-            stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+            stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
             return datasets.Dataset.from_generator(read, gen_kwargs={"path": str(path), "stamp": stamp},
                                                    cache_dir=cache)
         except datasets.exceptions.DatasetGenerationError as error:
@@ -523,7 +523,7 @@ def judged_examples(config: RetrievalConfig, task: Task) -> list[dict]:
                 for query_id, judged in task.qrels.items()]
     return [example for example in examples if example["positives"]]
 
-def read_examples(path: str, stamp: list):
+def read_examples(path: str, stamp: str):
     """Yield the examples of a .jsonl in Tevatron's format; a `score` in a passage is a teacher's."""
     for number, record in read_records(Path(path)):
         sides = [record.get("positive_passages"), record.get("negative_passages") or []]
@@ -555,7 +555,7 @@ class FinetuningSteps(torch.utils.data.Dataset):
             batch = {"seed": hash((config.seed, step, first))}  # of integers: the same in every process
             batch["queries"] = self.tokenize(queries, config.max_query_length)
             batch["passages"] = self.tokenize(sum(passages, []), config.max_passage_length)
-            batch["teacher"] = torch.tensor(scores) if None not in sum(scores, []) else None
+            batch["teacher"] = torch.tensor(np.array(scores, np.float32))              # NaN where None
             batches.append(batch)
         return batches
 
@@ -588,23 +588,33 @@ class BiEncoder(nn.Module):
         self.encoder, self.config = encoder, config
 
     def forward(self, batches: list[dict]) -> dict:
-        """The losses over this process's queries, by name; N processes give the gradient of one with all."""
+        """The losses over all queries of the step, by name, from this process's micro-batches.
+
+        Each process computes the loss of all queries with the gradient of its own vectors alone, so the sum
+        of the gradients over processes is that of one process with the whole batch.
+        """
         encoded = []
         for batch in batches:
             torch.manual_seed(batch["seed"])  # the dropout does not depend on who encodes the micro-batch
             encoded.append([encode(self.encoder, batch[side], self.config.similarity)
-                            for side in ("queries", "passages")])
-        queries, passages = map(torch.cat, zip(*encoded))                              # (b, D), (b·(1+n), D)
-        everyone = torch.cat(with_gradient.all_gather(passages))                       # (B·(1+n), D)
-        scores = queries @ everyone.T / self.config.temperature                        # (b, B·(1+n))
-        count, group = len(queries), len(passages) // len(queries)
-        positive = (dist.get_rank() * count + torch.arange(count, device=scores.device)) * group
-        losses = {"contrastive_loss": F.cross_entropy(scores, positive)}
-        if all(batch["teacher"] is not None for batch in batches):
-            teacher = torch.cat([batch["teacher"] for batch in batches])               # (b, 1+n)
-            own = scores.gather(1, positive[:, None] + torch.arange(group, device=scores.device))
-            losses["teacher_loss"] = F.kl_div(own.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+                            for side in ("queries", "passages")] + [batch["teacher"]])
+        queries, passages, teacher = (gather(torch.cat(rows)) for rows in zip(*encoded))
+        scores = queries @ passages.T / self.config.temperature                        # (B, B·(1+n))
+        group = teacher.shape[1]
+        own = torch.arange(len(passages), device=scores.device).view(-1, group)        # (B, 1+n) columns
+        losses = {"contrastive_loss": F.cross_entropy(scores, own[:, 0])}
+        scored = ~teacher.isnan().any(1)                                               # (B,)
+        if scored.any():
+            student = scores.gather(1, own)[scored].log_softmax(1)
+            losses["teacher_loss"] = F.kl_div(student, teacher[scored].softmax(1), reduction="batchmean")
         return losses
+
+def gather(rows):
+    """The rows of all processes, in order, from those of this one (b, ...), which keep their gradient."""
+    everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, rows.detach())
+    everyone[dist.get_rank()] = rows
+    return torch.cat(everyone)                                                         # (B, ...)
 
 def load_examples(config: RetrievalConfig):
     """The training examples and, unless --train_data has their texts, the task whose passages they name."""
@@ -647,13 +657,12 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
         signals, tokens, positions = bow_mae.agree(numbers=[signals, *sizes])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = ddp([moved(batch, device) for batch in batches])
-        losses = {"loss": sum(losses.values())} | losses
-        scaler.scale(losses["loss"]).backward()
-        total = torch.stack([loss.detach() for loss in losses.values()]) / dist.get_world_size()
-        dist.all_reduce(total)
+        loss = sum(losses.values())
+        scaler.scale(loss * dist.get_world_size()).backward()  # DDP divides by the number of processes
         grad_norm = bow_mae.update(ddp, optimizer, scaler, lr)
+        logged = {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
         counts = {"tokens": tokens, "positions": positions, "waited": waited}
-        return dict(zip(losses, total)) | {"grad_norm": grad_norm, "lr": lr}, counts, signals
+        return logged | {"grad_norm": grad_norm, "lr": lr}, counts, signals
 
     def _save(step):
         state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests of bow_mae.py, to be read as its documentation. They need no network and no GPU.
+"""Tests of bow_mae.py and eval_retrieval.py, to be read as documentation. They need no network and no GPU.
 
     pip install -r requirements.txt pytest
     pytest test_bow_mae.py
@@ -31,6 +31,8 @@ os.environ |= {"HF_HOME": CACHE.name, "HF_DATASETS_CACHE": CACHE.name, "HF_HUB_O
                "OMP_NUM_THREADS": "1"}
 
 import datasets
+import faiss
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -41,7 +43,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import bow_mae
-from bow_mae import BowMAE, Config, PretrainingStream, bow_loss, special_table, term_coverage
+import eval_retrieval
+from bow_mae import BowMAE, Config, PretrainingStream, UserError, bow_loss, special_table, term_coverage
+from eval_retrieval import RetrievalConfig, evaluate_run
 
 torch.set_num_threads(1)
 SCRIPT = Path(bow_mae.__file__).resolve()
@@ -76,11 +80,11 @@ def write_jsonl(path, texts):
     return str(path)
 
 
-def main(*flags):
-    """A run of SMALL in this process, which then has its signal handlers back."""
+def main(*flags, script=bow_mae):
+    """A run of SMALL, or of another script, in this process, which then has its signal handlers back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        bow_mae.main([*SMALL, *map(str, flags)])
+        script.main([*(SMALL if script is bow_mae else []), *map(str, flags)])
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in handlers.items():
@@ -89,11 +93,11 @@ def main(*flags):
             dist.destroy_process_group()
 
 
-def error_of(capfd, *flags):
+def error_of(capfd, *flags, script=bow_mae):
     """The line "error: ..." of a run that ends with exit code 2, and how many lines stderr has."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main(*flags)
+        main(*flags, script=script)
     lines = capfd.readouterr().err.replace("\x1b[A", "").splitlines()  # tqdm moves up where bars are left
     errors = [line for line in lines if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1, lines
@@ -624,10 +628,17 @@ def test_a_hub_name_is_streamed(data, asked, monkeypatch):
 # ------------------------------------------------------------------------------ processes, workers, precision
 
 
-def test_two_processes_give_the_losses_of_one(unbroken, corpus, tmp_path):
-    ended = run("--data", corpus, "--output", tmp_path / "out", processes=2)
+def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
+    """Over 20 steps, of a model with dropout, whose draws do not depend on the process either."""
+    tokenizer = word_tokenizer(WORDS)
+    config = transformers.BertConfig(**TINY | {"vocab_size": len(tokenizer)}, hidden_dropout_prob=0.1)
+    for part in (transformers.BertForMaskedLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    flags = "--data", corpus, "--model", tmp_path / "model"
+    main(*flags, "--output", tmp_path / "one")
+    ended = run(*flags, "--output", tmp_path / "two", processes=2)
     assert ended.returncode == 0, ended.stderr
-    assert len(losses(unbroken)) == 20 and close(tmp_path / "out", unbroken)
+    assert len(losses(tmp_path / "one")) == 20 and close(tmp_path / "two", tmp_path / "one")
 
 
 def test_two_loader_workers_give_the_losses_of_none(unbroken, corpus, tmp_path):
@@ -1002,3 +1013,574 @@ def test_bow_teaches_the_cls_vector_its_words_and_mlm_does_not(tmp_path):
         coverage[objective] = [row["eval_term_coverage"] for row in evaluations]
     assert coverage["bow"][0] == coverage["mlm"][0] < 0.15
     assert coverage["mlm"][1] < 0.15 and coverage["bow"][1] > 0.3
+
+
+# =================================================================================== retrieval: eval_retrieval.py
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_by_hand():
+    """Ranked: b (grade 0), a (2), c (not judged), d (1); ideal: 2, 1, 1 (e is not found)."""
+    run = {"1": {"a": 2.0, "b": 3.0, "c": 1.0, "d": 0.5}}
+    qrels = {"1": {"a": 2, "b": 0, "d": 1, "e": 1}}
+    found = evaluate_run(run, qrels)["1"]
+    dcg = 2 / math.log2(3) + 1 / math.log2(5)
+    ideal = 2 + 1 / math.log2(3) + 1 / math.log2(4)
+    assert found == pytest.approx({
+        "MRR@10": 1 / 2, "nDCG@10": dcg / ideal, "MAP@1000": (1 / 2 + 2 / 4) / 3, "Recall@50": 2 / 3,
+        "Recall@100": 2 / 3, "Recall@1000": 2 / 3, "Hit@1": 0, "Hit@10": 1, "Hit@50": 1, "Hit@1000": 1})
+
+
+def test_of_equal_scores_the_greater_id_is_first_whatever_the_order_of_the_run():
+    """Equal as float32, compared by bytes: "9" > "10"; as in trec_eval."""
+    for names in (["10", "9"], ["9", "10"]):
+        run = {"1": {name: 1 + 1e-9 * int(name) for name in names}}
+        assert evaluate_run(run, {"1": {"9": 1}})["1"]["MRR@10"] == 1
+        assert evaluate_run(run, {"1": {"10": 1}})["1"]["MRR@10"] == 1 / 2
+
+
+def test_metrics_are_cut_at_their_rank():
+    run = {"1": {f"{i:04}": -float(i) for i in range(1, 1200)}}  # passage i has rank i
+    found = evaluate_run(run, {"1": {"0011": 1, "0051": 1, "1001": 1}})["1"]
+    assert found == pytest.approx({
+        "MRR@10": 0, "nDCG@10": 0, "MAP@1000": (1 / 11 + 2 / 51) / 3, "Recall@50": 1 / 3, "Recall@100": 2 / 3,
+        "Recall@1000": 2 / 3, "Hit@1": 0, "Hit@10": 0, "Hit@50": 1, "Hit@1000": 1})
+
+
+def test_a_missing_query_scores_0_and_one_without_relevant_passages_is_left_out():
+    qrels = {"1": {"a": 1}, "2": {"a": 1}, "3": {"a": 0}, "4": {}}
+    found = evaluate_run({"1": {"a": 1.0}, "3": {"a": 1.0}, "5": {"a": 1.0}}, qrels)
+    assert found.keys() == {"1", "2"} and set(found["2"].values()) == {0}
+    assert eval_retrieval.mean(found)["MRR@10"] == 1 / 2
+
+
+def test_at_relevance_level_2_only_ndcg_sees_grade_1():
+    found = evaluate_run({"1": {"a": 2.0, "b": 1.0}}, {"1": {"a": 1, "b": 2}}, relevance_level=2)["1"]
+    assert found["MRR@10"] == found["MAP@1000"] == 1 / 2 and found["Hit@1"] == 0 and found["Recall@50"] == 1
+    assert found["nDCG@10"] == pytest.approx((1 + 2 / math.log2(3)) / (2 + 1 / math.log2(3)))
+
+
+def test_a_passage_with_the_id_of_its_query_is_dropped_unless_kept():
+    run, qrels = {"1": {"1": 2.0, "a": 1.0}}, {"1": {"a": 1}}
+    assert evaluate_run(run, qrels)["1"]["MRR@10"] == 1
+    assert evaluate_run(run, qrels, keep_identical_ids=True)["1"]["MRR@10"] == 1 / 2
+
+
+def test_answers_are_sought_word_for_word_as_dpr_does():
+    bodies = {"a": "In 1969, Neil\nARMSTRONG walked.", "b": "Neil, Armstrong", "c": "O\u0301scar won $5."}
+    run = {"1": {"b": 3.0, "a": 2.0, "c": 1.0}}
+    def rank(answer):
+        """The first rank of an answer, of which AnswerHit tells whether it is within 5."""
+        return eval_retrieval.answer_hits(run, {"1": [answer]}, bodies.get)["1"]["AnswerHit@5"]
+    assert [rank(text) for text in ("neil armstrong", "\u00d3scar", "$5", "arm", "5 $", "", " ")] == [1, 1, 1, 0, 0, 0, 0]
+    assert eval_retrieval.answer_tokens("L'\u00c9t\u00e9 3.5%") == ["l", "'", "e\u0301te\u0301", "3", ".", "5", "%"]
+
+
+def test_answer_hits_count_to_their_rank():
+    bodies = {f"{i:03}": "yes" if i == 20 else "no" for i in range(1, 101)}
+    run = {"1": {name: -float(name) for name in bodies}}
+    hits = eval_retrieval.answer_hits(run, {"1": ["Yes"], "2": ["no"]}, bodies.get)
+    assert hits == {"1": {"AnswerHit@5": 0, "AnswerHit@20": 1, "AnswerHit@100": 1},
+                    "2": {"AnswerHit@5": 0, "AnswerHit@20": 0, "AnswerHit@100": 0}}
+
+
+def test_the_permutation_test_agrees_with_all_signs():
+    differences = np.array([0.5, 0.1, -0.2, 0.4, 0.3, 0.25, -0.1, 0.6])
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product((1, -1), repeat=8)]
+    exact = np.mean([total >= abs(differences.sum()) - 1e-9 for total in sums])
+    assert eval_retrieval.permutation_test(differences) == pytest.approx(exact, abs=0.01)
+    assert eval_retrieval.permutation_test(np.zeros(9)) == 1
+
+
+def test_bm25_is_the_sum_of_the_textbook():
+    texts = ["a b b c", "b c d", "", "a A a, e", "f"]
+    index = eval_retrieval.bm25_index(texts)
+    scores, rows = eval_retrieval.bm25_search(index, 5, ["B a unknown", "unknown"], 5)
+    words, expected = [text.lower().replace(",", "").split() for text in texts], []
+    for document in words:
+        score = 0
+        for term in ("b", "a"):
+            n, tf = sum(term in other for other in words), document.count(term)
+            idf = math.log(1 + (5 - n + 0.5) / (n + 0.5))
+            score += idf * tf / (tf + 0.9 * (1 - 0.4 + 0.4 * len(document) / (12 / 5)))
+        expected.append(score)
+    assert rows.tolist() == [[0, 3, 1, -1, -1], [-1] * 5]
+    assert scores[0, :3] == pytest.approx([expected[row] for row in rows[0, :3]])
+
+
+# ------------------------------------------------------------------------------------------------ task formats
+
+PASSAGES = [{"_id": f"d{i}", "title": "" if i % 3 else "ba", "text": text}
+            for i, text in enumerate(make_texts(70, seed=3, evaluated=0, longest=12))]
+
+
+def write_beir(folder, passages=PASSAGES):
+    """A BEIR folder whose query i, of passage i, is its first words: 40 in train, 30 in test."""
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    with (folder / "queries.jsonl").open("w") as queries:
+        for i, passage in enumerate(passages):
+            queries.write(json.dumps({"_id": f"q{i}", "text": " ".join(passage["text"].split()[:3])}) + "\n")
+    for split, rows in (("train", range(40)), ("test", range(40, len(passages)))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in rows)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def beir(folder):
+    """The --data of 70 passages."""
+    return write_beir(folder / "beir_task")
+
+
+def load(data, split="test"):
+    """A task."""
+    return eval_retrieval.load_task(RetrievalConfig(data=str(data)), split)
+
+
+@pytest.mark.parametrize("iteration", ["", "0\t"])
+def test_ms_marco_files_give_the_same_task_as_a_beir_folder(iteration, beir, tmp_path):
+    task = load(beir)
+    texts = task.texts(range(len(task.passages)))
+    collection = "".join(f"{name}\t{text}\n" for name, text in zip(task.rows, texts))
+    (tmp_path / "collection.tsv.gz").write_bytes(gzip.compress(collection.encode()))
+    (tmp_path / "queries.test.tsv").write_text("".join(f"{name}\t{text}\n" for name, text in task.queries.items()))
+    (tmp_path / "qrels.test.tsv").write_text("".join(f"{query}\t{iteration}{name}\t{grade}\n"
+                                             for query, some in task.qrels.items() for name, grade in some.items()))
+    other = load(tmp_path)
+    assert len(task.queries) == 30 and other.texts(range(len(texts))) == texts
+    assert (other.rows, other.queries, other.qrels) == (task.rows, task.queries, task.qrels)
+
+
+def test_titles_and_texts_may_be_null_or_missing(beir, tmp_path):
+    shutil.copytree(beir, tmp_path / "task")
+    rows = [{"_id": "d40", "title": None, "text": "ba"}, {"_id": "d41", "title": "ke", "text": None}, {"_id": 7}]
+    (tmp_path / "task/corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task/qrels/test.tsv").write_text("q40\td40\t1\nq41\t7\t2\n")
+    task = load(tmp_path / "task")
+    assert task.texts([0, 1, 2]) == ["ba", "ke", ""] and task.qrels == {"q40": {"d40": 1}, "q41": {"7": 2}}
+
+
+def test_hub_names_are_loaded_as_those_of_beir(monkeypatch):
+    tables = {("BeIR/x", "corpus", "corpus"): {"_id": ["1"], "title": ["ba"], "text": ["ke"]},
+              ("BeIR/x", "queries", "queries"): {"_id": ["2"], "title": [""], "text": ["di"]},
+              ("BeIR/x-qrels", None, "test"): {"query-id": [2], "corpus-id": [1], "score": [1]}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name=None, *, split: datasets.Dataset.from_dict(
+        tables[path, name, split]))
+    task = load("BeIR/x")
+    assert (task.texts([0]), task.queries, task.qrels) == (["ba ke"], {"2": "di"}, {"2": {"1": 1}})
+
+
+def test_python_docs_splits_share_no_query_and_ids_differ_from_those_of_passages(monkeypatch):
+    monkeypatch.setattr(bow_mae, "PACKAGES", ["python", "huggingface_hub"])
+    tasks = [load("python-docs", split) for split in ("train", "dev", "test")]
+    names = [name for task in tasks for name in task.queries]
+    assert len(names) == len(set(names)) == len(tasks[0].passages) and not set(names) & set(tasks[0].rows)
+    assert len(tasks[0].queries) > 5 * len(tasks[2].queries) > 100
+
+
+# ----------------------------------------------------------------------------------------- encoding and search
+
+
+def retrieval(*flags):
+    """A run of eval_retrieval.py in this process."""
+    main(*flags, script=eval_retrieval)
+
+
+def retrieval_run(*flags, processes=1):
+    """A run of eval_retrieval.py, with 16 passages a file of vectors, in processes of its own."""
+    script = Path(CACHE.name, "run_retrieval.py")
+    script.write_text("import sys, eval_retrieval\neval_retrieval.CHUNK = 16\neval_retrieval.main(sys.argv[1:])\n")
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    ended = subprocess.run([*start, *map(str, flags)], capture_output=True, text=True, timeout=200, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """16 passages a file of vectors."""
+    monkeypatch.setattr(eval_retrieval, "CHUNK", 16)
+
+
+@pytest.fixture(scope="session")
+def evaluated(folder, unfinetuned, beir):
+    """The output of an evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_retrieval, "CHUNK", 16)
+        retrieval("evaluate", "--model", unfinetuned, "--data", beir, "--output", folder / "evaluated")
+    return folder / "evaluated"
+
+
+@pytest.fixture(scope="session")
+def unfinetuned(trained):
+    """The model of the unbroken run."""
+    return trained[0]
+
+
+def test_an_evaluation_is_that_of_a_loop_over_sentences(evaluated, unfinetuned, beir):
+    """Each text alone through `transformers`, all dot products, sorted."""
+    tokenizer, lm = AutoTokenizer.from_pretrained(unfinetuned), AutoModelForMaskedLM.from_pretrained(unfinetuned)
+    def encode(text, length):
+        """[CLS] of one text."""
+        with torch.no_grad():
+            tokens = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+            return lm.base_model(**tokens).last_hidden_state[0, 0]
+    task = load(beir)
+    passages = torch.stack([encode(text, 64) for text in task.texts(range(70))])
+    run = {query_id: dict(zip(task.rows, (passages @ encode(text, 32)).tolist()))
+           for query_id, text in task.queries.items()}
+    found = eval_retrieval.read_run(evaluated / "run.trec")
+    assert {query_id: hits.keys() for query_id, hits in found.items()} == {query_id: hits.keys() for query_id, hits in run.items()}
+    for query_id, hits in found.items():
+        assert hits == pytest.approx(run[query_id], rel=1e-4)
+
+
+def test_an_evaluation_leaves_files_that_agree(evaluated, beir):
+    run, task = eval_retrieval.read_run(evaluated / "run.trec"), load(beir)
+    lines = [line.split() for line in (evaluated / "run.trec").read_text().splitlines()]
+    assert {len(line) for line in lines} == {6} and [int(line[3]) for line in lines] == [*range(1, 71)] * 30
+    qrels = [line.split() for line in (evaluated / "qrels.trec").read_text().splitlines()]
+    assert qrels == [[query, "0", name, "1"] for query, some in task.qrels.items() for name in some]
+    means = json.loads((evaluated / "metrics.json").read_text())
+    expected = eval_retrieval.mean(evaluate_run(run, task.qrels))
+    assert {name: means[name] for name in expected} == expected
+    per_query = [json.loads(line) for line in (evaluated / "per_query.jsonl").read_text().splitlines()]
+    assert np.mean([row["MRR@10"] for row in per_query]) == pytest.approx(means["MRR@10"])
+
+
+def test_two_processes_give_the_same_run_file_as_one(evaluated, unfinetuned, beir, tmp_path):
+    retrieval_run("evaluate", "--model", unfinetuned, "--data", beir, "--output", tmp_path / "out", processes=2)
+    assert (tmp_path / "out/run.trec").read_bytes() == (evaluated / "run.trec").read_bytes()
+    assert len(list((tmp_path / "out/index").glob("*.faiss"))) == 2
+
+
+def test_no_more_passages_than_there_are_and_no_more_than_top_k(unfinetuned, beir, tmp_path):
+    retrieval("evaluate", "--model", unfinetuned, "--data", beir, "--output", tmp_path / "out", "--top_k", 5)
+    run = eval_retrieval.read_run(tmp_path / "out/run.trec")
+    assert {len(hits) for hits in run.values()} == {5}
+
+
+@pytest.mark.parametrize("index, least", [("SQfp16", 0.8), ("HNSW32", 0.8), ("IVF2,Flat", 0.3), ("IVF2,PQ4x4", 0.05)])
+def test_other_indexes_find_much_of_what_flat_finds(index, least, evaluated, unfinetuned, beir, tmp_path, small_chunks):
+    retrieval("evaluate", "--model", unfinetuned, "--data", beir, "--output", tmp_path / "out", "--index", index)
+    flat, other = (eval_retrieval.read_run(output / "run.trec") for output in (evaluated, tmp_path / "out"))
+    assert all(hits and not hits.keys() - load(beir).rows.keys() for hits in other.values())
+    same = [len(set([*hits][:10]) & set([*other[query_id]][:10])) / 10 for query_id, hits in flat.items()]
+    assert np.mean(same) > least
+
+
+def test_finished_vectors_are_used_again_and_others_refused(evaluated, unfinetuned, beir, tmp_path, small_chunks, monkeypatch, capfd):
+    shutil.copytree(evaluated, tmp_path / "out")
+    for path in (tmp_path / "out/vectors").glob("0000000016*"):
+        path.unlink()  # as if it had not been finished
+    counts, encode = [], eval_retrieval.encode
+    monkeypatch.setattr(eval_retrieval, "encode", lambda *args: counts.append(len(args[1]["input_ids"])) or encode(*args))
+    flags = ["evaluate", "--model", unfinetuned, "--data", beir, "--output", tmp_path / "out"]
+    retrieval(*flags)
+    assert sum(counts) == 16 + 30 and (tmp_path / "out/run.trec").read_bytes() == (evaluated / "run.trec").read_bytes()
+    path = tmp_path / "out/vectors/0000000016.json"
+    path.write_text('{"key": "that of another model"}')
+    assert "another model" in error_of(capfd, *flags, script=eval_retrieval)[0]
+    assert "--max_passage_length 64, not 32" in error_of(capfd, *flags, "--max_passage_length", 32, script=eval_retrieval)[0]
+
+
+def test_compare_finds_no_difference_from_itself_and_one_from_bm25(evaluated, unfinetuned, beir, tmp_path, capfd):
+    flags = "evaluate", "--data", beir, "--compare", evaluated / "run.trec"
+    retrieval(*flags, "--model", unfinetuned, "--output", tmp_path / "same")
+    retrieval(*flags, "--model", "bm25", "--output", tmp_path / "bm25")
+    same, other = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("same", "bm25"))
+    assert {row["p"] for row in same.values()} == {1} and other["MRR@10"]["p"] < 0.01
+    assert other["MRR@10"]["difference"] > 0.3 and "difference" in capfd.readouterr().out
+
+
+def test_search_prints_the_passages_of_the_saved_index(evaluated, unfinetuned, beir, capfd):
+    capfd.readouterr()
+    retrieval("search", PASSAGES[50]["text"], "--model", unfinetuned, "--data", beir, "--output", evaluated)
+    lines = capfd.readouterr().out.splitlines()
+    scores = [float(line.split()[0]) for line in lines[::2]]
+    assert len(lines) == 20 and scores == sorted(scores, reverse=True)
+    assert lines[0].split()[1] == "d50" and PASSAGES[50]["text"][:30] in lines[1]
+
+
+def test_explain_prints_text_terms_and_coverage(unfinetuned, capfd):
+    text = "baba keke dodo"
+    capfd.readouterr()
+    retrieval("explain", text, "--model", unfinetuned)
+    shown = capfd.readouterr().out
+    tokenizer, lm = AutoTokenizer.from_pretrained(unfinetuned), AutoModelForMaskedLM.from_pretrained(unfinetuned)
+    input_ids = torch.tensor([tokenizer(text).input_ids])
+    with torch.no_grad():
+        logits = lm(input_ids).logits[:, 0]
+    coverage = term_coverage(logits, input_ids, special_table(tokenizer, logits.shape[1])).item()
+    assert shown.startswith(text + "\n") and f"{coverage:.1%}" in shown and "\033" not in shown
+    assert tokenizer.convert_ids_to_tokens(logits.argmax().item()) in shown
+
+
+# -------------------------------------------------------------------------------------------------- fine-tuning
+
+STEPS = ("finetune --batch_size 8 --micro_batch_size 4 --epochs 2 --lr 1e-3 --warmup_steps 2 --log_every 1 --save_every 4 "
+         "--negatives 2 --precision fp32").split()
+
+
+@pytest.fixture(scope="session")
+def mined(folder, unfinetuned, beir):
+    """Negatives of 3 or more ranks of the training queries."""
+    flags = "--data", beir, "--output", folder / "mined", "--depth", 2, 20, "--sample", 5
+    retrieval("mine", "--model", unfinetuned, *flags)
+    return folder / "mined/negatives.jsonl"
+
+
+@pytest.fixture(scope="session")
+def finetuned(folder, unfinetuned, beir, mined):
+    """The flags and the output of an unbroken fine-tuning of 10 steps."""
+    flags = [*STEPS, "--model", unfinetuned, "--data", beir, "--negatives_file", mined]
+    retrieval(*flags, "--output", folder / "finetuned")
+    return flags, folder / "finetuned"
+
+
+def random_encoder(scale=1.0):
+    """A random BERT of dropout 0."""
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(**TINY, hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+                                  add_pooling_layer=False)
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    with bow_mae.process_group():
+        yield
+
+
+def contrastive_batch(teacher):
+    """A micro-batch of 3 queries with 2 passages each."""
+    side = lambda count: {"input_ids": torch.randint(5, 200, (count, 6)), "attention_mask": torch.ones(count, 6).long()}
+    torch.manual_seed(1)
+    return {"seed": 0, "queries": side(3), "passages": side(6), "teacher": teacher}
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+def test_the_contrastive_and_the_teacher_loss_are_those_of_a_loop(similarity, alone):
+    teacher = torch.randn(3, 2)
+    batch, encoder = contrastive_batch(teacher), random_encoder()
+    losses = eval_retrieval.BiEncoder(encoder, RetrievalConfig(similarity=similarity, temperature=0.5))([batch])
+    cls = {side: encoder(**batch[side]).last_hidden_state[:, 0] for side in ("queries", "passages")}
+    if similarity == "cos":
+        cls = {side: rows / rows.norm(dim=1, keepdim=True) for side, rows in cls.items()}
+    contrastive = distilled = 0
+    for i, query in enumerate(cls["queries"]):
+        scores = torch.stack([query.dot(passage) for passage in cls["passages"]]) / 0.5
+        contrastive = contrastive - torch.log(scores[2 * i].exp() / scores.exp().sum()) / 3
+        ours, theirs = scores[2 * i : 2 * i + 2].softmax(0), teacher[i].softmax(0)
+        distilled = distilled + (theirs * (theirs / ours).log()).sum() / 3
+    torch.testing.assert_close(losses["contrastive_loss"], contrastive)
+    torch.testing.assert_close(losses["teacher_loss"], distilled)
+
+
+KEEP_GRADIENT = """
+import sys, torch, bow_mae, eval_retrieval
+update, path = bow_mae.update, sys.argv.pop(1)
+def keep(ddp, *args):
+    gradient = {name: parameter.grad.clone() for name, parameter in ddp.named_parameters()}
+    bow_mae.update = update  # the gradient of the first step alone
+    torch.save(gradient, path)
+    return update(ddp, *args)
+bow_mae.update = keep
+eval_retrieval.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_give_the_losses_and_the_gradient_of_one(finetuned, tmp_path):
+    """With hard negatives, by the whole recipe of a step; the rest of the run only differs by rounding."""
+    flags, script = finetuned[0], tmp_path / "keep_gradient.py"
+    script.write_text(KEEP_GRADIENT)
+    for processes in (1, 2):
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, script]
+        flags = [tmp_path / f"{processes}.pt", *finetuned[0], "--output", tmp_path / f"out{processes}"]
+        ended = subprocess.run([*map(str, start), *map(str, flags)], capture_output=True, text=True, timeout=200,
+                               env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})
+        assert ended.returncode == 0, ended.stderr
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm()
+    one, two = (records(tmp_path / f"out{processes}", "loss") for processes in (1, 2))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
+
+
+def test_a_killed_fine_tuning_goes_on_bit_for_bit(finetuned, tmp_path):
+    flags, output = finetuned
+    shutil.copytree(output, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoint-10")
+    (tmp_path / "out/model.safetensors").unlink()
+    retrieval(*flags, "--output", tmp_path / "out", "--save_every", 3)  # a killed run has no later checkpoint
+    assert same_weights(tmp_path / "out", output)
+    assert [row["loss"] for row in records(tmp_path / "out", "loss")] == [row["loss"] for row in records(output, "loss")]
+
+
+def test_an_example_has_a_positive_first_and_new_negatives_in_each_epoch(beir, mined):
+    config = RetrievalConfig(data=str(beir), negatives_file=str(mined), negatives=3, batch_size=8)
+    examples, task = eval_retrieval.load_examples(config)
+    steps = eval_retrieval.FinetuningSteps.__new__(eval_retrieval.FinetuningSteps)
+    steps.config, steps.examples, steps.task = config, examples, task
+    drawn = [steps.draw(7, epoch) for epoch in (0, 1, 0)]
+    mined_rows = examples[7]["negatives"]
+    assert drawn[0] == drawn[2] != drawn[1] and drawn[0][1][0] == task.texts([7])[0]
+    assert all(set(passages[1:]) <= set(task.texts(mined_rows)) for _, passages, _ in drawn)
+
+
+def test_training_data_of_tevatron_with_teacher_scores(unfinetuned, tmp_path, capfd):
+    with (tmp_path / "train.jsonl").open("w") as file:
+        for passage in PASSAGES[:16]:
+            file.write(json.dumps({"query": passage["text"][:20], "positive_passages": [passage | {"score": 5.0}],
+                                   "negative_passages": [PASSAGES[20] | {"score": 1.0}]}) + "\n")
+    flags = [*STEPS, "--model", unfinetuned, "--train_data", tmp_path / "train.jsonl", "--negatives", 1]
+    retrieval(*flags, "--output", tmp_path / "out")
+    rows = records(tmp_path / "out", "teacher_loss")
+    assert len(rows) == 4 and all(row["loss"] == pytest.approx(row["contrastive_loss"] + row["teacher_loss"]) for row in rows)
+
+
+def test_a_fine_tuned_folder_opens_elsewhere(finetuned):
+    _, report = AutoModelForMaskedLM.from_pretrained(finetuned[1], output_loading_info=True)
+    assert not any(report.values())
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    config = RetrievalConfig(model=str(finetuned[1]))
+    ours = eval_retrieval.Encoder(config, torch.device("cpu"))(["baba keke", "dodo"], 64)
+    theirs = sentence_transformers.SentenceTransformer(str(finetuned[1]), device="cpu").encode(["baba keke", "dodo"])
+    assert np.abs(ours - theirs).max() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------- mining
+
+
+def write_run_negatives(qrels, ranked, tmp_path, **flags):
+    """The negatives of queries whose passages a, b, c ... are ranked so, with scores 10, 9, 8 ..."""
+    rows = {name: row for row, name in enumerate("abcdefghij")}
+    task = eval_retrieval.Task(None, rows, {query: "" for query in qrels}, qrels)
+    scores = np.array([[10.0 - i for i in range(len(ranked[query]))] for query in qrels], np.float32)
+    found = scores, np.array([[rows[name] for name in ranked[query]] for query in qrels]), 0
+    eval_retrieval.write_negatives(RetrievalConfig(output=str(tmp_path), **flags), task, found)
+    return {row["query_id"]: row["negatives"] for row in map(json.loads, (tmp_path / "negatives.jsonl").open())}
+
+
+def test_each_query_loses_its_own_positives_and_no_others(tmp_path):
+    qrels = {"2": {"a": 1, "c": 2, "e": 0}, "1": {"b": 1}, "d": {"a": 1}}
+    negatives = write_run_negatives(qrels, {"2": "abcdef", "1": "abcdef", "d": "abcdef"}, tmp_path, depth=[1, 200])
+    assert negatives == {"2": list("bdef"), "1": list("acdef"), "d": list("bcef")}  # "d" has the id of its query
+
+
+def test_negatives_come_from_the_ranks_between_and_are_a_sample(tmp_path):
+    flags = {"depth": [3, 8], "sample": 4}
+    first = write_run_negatives({"1": {"a": 1}}, {"1": "abcdefghij"}, tmp_path, **flags)["1"]
+    assert len(set(first)) == 4 and set(first) <= set("cdefgh")
+    assert write_run_negatives({"1": {"a": 1}}, {"1": "abcdefghij"}, tmp_path, **flags)["1"] == first
+    others = {tuple(write_run_negatives({"1": {"a": 1}}, {"1": "abcdefghij"}, tmp_path, seed=seed, **flags)["1"]) for seed in range(9)}
+    assert len(others) > 3
+
+
+def test_likely_positives_are_dropped(tmp_path):
+    """The positive b scores 9, so from 0.75 of it, 6.75, on a passage is left out; without b, from 1 x 0.75 on."""
+    negatives = write_run_negatives({"1": {"b": 1}}, {"1": "abcdefghij"}, tmp_path, depth=[1, 10], max_positive_ratio=0.75)
+    assert negatives["1"] == list("efghij")
+
+
+# ----------------------------------------------------------------------------------------- bad retrieval input
+
+
+def spoil(name, change):
+    """Change a file of a task."""
+    def apply(task):
+        path = task / name
+        path.write_text(change(path.read_text()))
+    return apply
+
+
+BAD_TASKS = {  # what spoils the task, flags, what the message must say
+    "split": (None, "--split dev", "qrels of dev; its qrels are qrels/test.tsv qrels/train.tsv"),
+    "unknown ids": (spoil("qrels/test.tsv", lambda text: text + "q1\tnothing\t1\nq2\tnobody\t1\n"), "", "2 unknown ids: 'nothing'"),
+    "duplicate passage": (spoil("corpus.jsonl", lambda text: text + text.splitlines()[4] + "\n"), "", "'d4' stands there twice"),
+    "duplicate query": (spoil("queries.jsonl", lambda text: text + text.splitlines()[4] + "\n"), "", "queries.jsonl, line 71"),
+    "malformed passage": (spoil("corpus.jsonl", lambda text: text + "{"), "", "corpus.jsonl, line 71"),
+    "passage without id": (spoil("corpus.jsonl", lambda text: text + '{"text": "ba"}'), "", "corpus.jsonl, line 71"),
+    "text is a number": (spoil("corpus.jsonl", lambda text: text + '{"_id": "a", "text": 7}'), "", "corpus.jsonl, line 71"),
+    "malformed query": (spoil("queries.jsonl", lambda text: text + "[1]\n"), "", "queries.jsonl, line 71"),
+    "grade": (spoil("qrels/test.tsv", lambda text: text + "q1\td1\tgood\n"), "", "test.tsv, line 32"),
+    "empty corpus": (spoil("corpus.jsonl", lambda text: ""), "", "corpus.jsonl"),
+    "no hub": (None, "--data nobody/nothing", "nobody/nothing"),
+    "no model": (None, "--model nowhere", "--model nowhere"),
+    "index": (None, "--index Flot", "--index Flot"),
+    "long passages": (None, "--max_passage_length 9999", "positions"),
+    "unwritable": (None, "--output task/corpus.jsonl/out", "task/corpus.jsonl/out"),
+    "other files": (None, "--output task", "--output task holds other files"),
+    "depth": (None, "--depth 5 2", "--depth"),
+    "batch": (None, "--batch_size 9 --micro_batch_size 4", "--batch_size 9 is not a multiple"),
+    "temperature": (None, "--temperature 0", "--temperature 0"),
+}
+
+
+@pytest.mark.parametrize("change, flags, message", BAD_TASKS.values(), ids=BAD_TASKS)
+def test_a_bad_task_gives_one_line(change, flags, message, beir, unfinetuned, workplace, capfd):
+    shutil.copytree(beir, "task")
+    if change:
+        change(Path("task"))
+    error, lines = error_of(capfd, "evaluate", "--model", unfinetuned, "--data", "task", "--output", "out",
+                            *flags.split(), script=eval_retrieval)
+    assert message in error and not list(Path("out").glob("*.trec"))
+
+
+@pytest.mark.parametrize("words, message", [
+    (["evalute"], "evalute: the commands are"), (["evaluate", "ba"], "'ba' is no flag"),
+    (["search", "ba"], "has no index"), (["finetune", "--batch_size", 64], "above the 40 training queries"),
+    (["finetune", "--negatives_file", "unknown.jsonl"], "unknown.jsonl, line 1"),
+    (["finetune", "--negatives_file", "gone.jsonl"], "gone.jsonl, line 1"),
+    (["finetune", "--train_data", "bad.jsonl"], "bad.jsonl, line 2")])
+def test_a_bad_command_gives_one_line(words, message, beir, unfinetuned, workplace, capfd):
+    Path("unknown.jsonl").write_text('{"query_id": "q69", "negatives": ["d1"]}\n')
+    Path("gone.jsonl").write_text('{"query_id": "q1", "negatives": ["d999"]}\n')
+    Path("bad.jsonl").write_text('{"query": "ba", "positive_passages": [{"text": "ke"}]}\n{"query": "ba"}\n')
+    flags = ["--model", unfinetuned, "--data", beir, "--output", "out", "--batch_size", 8, "--micro_batch_size", 8]
+    error, _ = error_of(capfd, *words[:1], *[word for word in words[1:] if not str(word).startswith("-")][: words[0] in ("search", "evaluate")],
+                        *flags, *(words[1:] if words[0] == "finetune" else []), script=eval_retrieval)
+    assert message in error
+
+
+def test_search_refuses_the_index_of_another_model(evaluated, finetuned, beir, capfd):
+    flags = "search", "ba", "--model", finetuned[1], "--data", beir, "--output", evaluated
+    assert "another model (dimension 128)" in error_of(capfd, *flags, script=eval_retrieval)[0]
+
+
+# ------------------------------------------------------------------------------------------ the whole recipe
+
+
+def test_the_recipe_prints_a_table_of_its_stages(unfinetuned, beir, tmp_path, capfd):
+    flags = ["--model", unfinetuned, "--data", beir, "--output", tmp_path / "out", *STEPS[1:], "--steps", 2]
+    capfd.readouterr()
+    retrieval(*flags)
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert [*table] == ["BM25", "zero-shot", "stage1", "stage2"]
+    lines = capfd.readouterr().out.splitlines()[-4:]
+    for line, (name, values) in zip(lines, table.items()):
+        assert line.split()[:2] == [name, f"{values['MRR@10']:.4f}"]
+    stages = [json.loads((tmp_path / f"out/{name}/run.json").read_text())["config"]["model"]
+              for name in ("stage1/mined", "stage1/model", "stage2/mined", "stage2/model")]
+    assert stages == [str(unfinetuned), str(unfinetuned), str(tmp_path / "out/stage1/model"), str(unfinetuned)]
+
+
+def test_fine_tuning_teaches_to_find(unfinetuned, tmp_path):
+    """On other queries than those it is trained on: a query is the first words of its passage."""
+    texts = make_texts(300, seed=9, evaluated=0, longest=8)
+    data = write_beir(tmp_path / "task", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    flags = ["--data", data, "--max_passage_length", 32]
+    retrieval("evaluate", "--model", unfinetuned, *flags, "--output", tmp_path / "before")
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(200))]
+    (data / "qrels/train.tsv").write_text("\n".join(lines) + "\n")
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(200, 300))]
+    (data / "qrels/test.tsv").write_text("\n".join(lines) + "\n")
+    retrieval("finetune", "--model", unfinetuned, *flags, "--output", tmp_path / "model", "--batch_size", 32,
+              "--epochs", 20, "--lr", 1e-3, "--negatives", 0)
+    retrieval("evaluate", "--model", tmp_path / "model", *flags, "--output", tmp_path / "after")
+    retrieval("evaluate", "--model", unfinetuned, *flags, "--output", tmp_path / "zero_shot")
+    before, after = (json.loads((tmp_path / name / "metrics.json").read_text())["MRR@10"] for name in ("zero_shot", "after"))
+    assert after > before + 0.1
