@@ -34,6 +34,7 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib import metadata, util
 from itertools import chain, islice
 from pathlib import Path
@@ -278,10 +279,8 @@ class PretrainingStream(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         worker, parts = torch.utils.data.get_worker_info(), self.parts
-        if worker:  # leave signals to the training process, and the other cores to other workers
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        if worker:
+            leave_signals()
             parts = parts[worker.id :: worker.num_workers]
         try:
             source, files = open_stream(self.config)
@@ -354,6 +353,12 @@ def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed
         "input_ids": input_ids, "masked_ids": masked_ids, "chosen": chosen, "visible": visible,
         "attention_mask": None if attention_mask.all() else attention_mask, "tokens": int(lengths.sum()),
         "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
+
+def leave_signals(worker: int = 0) -> None:
+    """In a loader process, leave signals to the training process and the other cores to other workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # ---- masking
 
@@ -601,7 +606,8 @@ def process_group():
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
         torch.accelerator.set_device_index(device.index)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **alone)
+    # the first process may read, index or mine for hours while the others wait for it
+    dist.init_process_group(backend, timeout=timedelta(days=7), **alone)
     try:
         yield device
     finally:  # loaders leave signals to us, and an error holds on to their iterator: end them by hand
@@ -707,7 +713,7 @@ def find_checkpoint(config) -> str | None:
             raise UserError(f"--resume {path} is no whole checkpoint, or not the newest of --output")
         checkpoints, earlier[path] = [path], manifest["config"]
     # no loss depends on these, so they may change between the starts of one run
-    free = {"workers", "output", "save_every", "keep", "log_every", "eval_every", "resume"}
+    free = {"workers", "output", "save_every", "keep", "log_every", "eval_every", "resume", "compare"}
     for where, flags in earlier.items():
         for name, value in asdict(config).items():
             if name not in free and flags.get(name) != value:
@@ -873,8 +879,8 @@ def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None
     and the number of signals in all processes; save(step) writes a checkpoint; evaluation(step) logs.
     """
     stops, leaving, pending, totals, began = [], 0, [], Counter(), time.perf_counter()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stops.append(number))
+    before = {number: signal.signal(number, lambda number, frame: stops.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=dist.get_rank() > 0)
     while step < config.steps and not leaving:
         step += 1
@@ -894,6 +900,8 @@ def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None
         if not pending:  # the rate is of training alone
             began = time.perf_counter()
     bar.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if step < config.steps:
         agree()
         if dist.get_rank() == 0:
@@ -948,8 +956,8 @@ def train(config: Config, device: torch.device) -> None:
     if dist.get_rank() == 0:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = "
-              f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
-              f"steps of up to {config.batch_size * config.max_length:,} tokens | {device} {dtype}", flush=True)
+              f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} steps "
+              f"of up to {config.batch_size * config.max_length:,} tokens | {device} {dtype}", flush=True)
     if held_out and not evaluations:
         together(_evaluate, state["step"], first=True)
     run_steps(config, device, state["step"], _step, _save, _evaluate if held_out else None)

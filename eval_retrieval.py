@@ -12,19 +12,22 @@ Its steps one by one; --data is a BEIR folder or hub name, or a folder with the 
 Copy it together with bow_mae.py; it needs torch, transformers, datasets, faiss-cpu and numpy.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 import unicodedata
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +47,7 @@ from bow_mae import UserError, blame, together
 
 @dataclass
 class RetrievalConfig:
-    """Every flag, with its unit. The defaults are the run of `torchrun eval_retrieval.py`."""
+    """Commands: evaluate, mine, finetune, search TEXT, explain TEXT; without one, the whole recipe."""
 
     data: str = HfArg(default="python-docs", help="python-docs, BEIR folder or hub name, MS MARCO folder")
     split: str = HfArg(default="test", help="of the queries to evaluate")
@@ -69,7 +72,7 @@ class RetrievalConfig:
     epochs: int = HfArg(default=2, help="passes over the training queries")
     steps: int = HfArg(default=0, help="optimizer steps; 0: as many as --epochs make")
     batch_size: int = HfArg(default=64, help="queries in an optimizer step, over all processes")
-    micro_batch_size: int = HfArg(default=32, help="queries encoded at a time")
+    micro_batch_size: int = HfArg(default=32, help="queries that are padded together")
     lr: float = HfArg(default=5e-4, help="peak learning rate of AdamW")
     lr_final_ratio: float = HfArg(default=0.1, help="last learning rate over the peak, reached by a cosine")
     warmup_steps: int = HfArg(default=50, help="steps of linear warm-up")
@@ -104,6 +107,10 @@ class Task:
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]  # the grade of each judged passage of each query
     answers: dict[str, list[str]] = field(default_factory=dict)  # of NQ and TriviaQA
+    same_ids: bool = True  # a query and a passage with one id are the same text, as in BEIR
+
+    def __getstate__(self):  # the other processes do without the ids, and their memory
+        return self.__dict__ | {"rows": {}}
 
     def texts(self, rows) -> list[str]:
         """Title and text of passages, by row."""
@@ -136,7 +143,8 @@ def read_passages(path: str, stamp: str):
     """Yield the passages of a corpus.jsonl or collection.tsv; the stamp is part of the key of their cache."""
     for number, record in read_records(Path(path), "_id text"):
         values = [record.get("_id", record.get("id")), record.get("title") or "", record.get("text") or ""]
-        if values[0] is None or not all(isinstance(value, str) for value in values[1:]):
+        torn = ".jsonl" not in path and "text" not in record
+        if values[0] is None or torn or not all(isinstance(value, str) for value in values[1:]):
             raise UserError(f"{path}, line {number}: a passage needs an _id and a text")
         yield dict(zip(("_id", "title", "text"), map(str, values)))
 
@@ -150,6 +158,8 @@ def read_queries(path: Path) -> tuple[dict, dict]:
         queries[query_id] = text
         if record.get("answers"):
             answers[query_id] = record["answers"]
+            if not isinstance(answers[query_id], list) or {*map(type, answers[query_id])} != {str}:
+                raise UserError(f"{path}, line {number}: answers must be a list of texts")
     return queries, answers
 
 def read_qrels(path: Path) -> dict:
@@ -157,32 +167,32 @@ def read_qrels(path: Path) -> dict:
     qrels = defaultdict(dict)
     for number, record in read_records(path, "a b c d"):
         fields = list(record.values()) if len(record) > 2 else " ".join(record.values()).split()
-        if number == 1 and fields[-1] == "score":
+        if number == 1 and fields[-1:] == ["score"] or not fields:
             continue
         if len(fields) not in (3, 4) or not re.fullmatch(r"-?\d+", fields[-1].strip()):
             raise UserError(f"{path}, line {number}: give query-id, passage-id and a whole number")
         qrels[fields[0]][fields[-2]] = int(fields[-1])
     return dict(qrels)
 
-def cached(read, path: Path) -> datasets.Dataset:
+def cached(read, path: Path, features: datasets.Features | None = None) -> datasets.Dataset:
     """What a generator reads from a file, on disk in the cache of `datasets`, under its size and time."""
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
     with blame(f"{path} cannot be read, or {cache} not written"):
         try:
             stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
             return datasets.Dataset.from_generator(read, gen_kwargs={"path": str(path), "stamp": stamp},
-                                                   cache_dir=cache)
+                                                   features=features, cache_dir=cache)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error  # a UserError with file and line
 
 def load_task(config: RetrievalConfig, split: str) -> Task:
     """The passages, and the queries that a split judges; UserError names the file and line that is bad."""
-    folder, answers = Path(config.data), {}
+    folder, answers, same_ids = Path(config.data), {}, True
     if config.data == "python-docs":
         docs = bow_mae.python_docs()
-        splits = {"train": range(2, 10), "dev": [1], "test": [0]}
+        splits = {"train": range(2, 10), "dev": [1], "test": [0], "all": range(10)}
         if split not in splits:
-            raise UserError(f"--split {split}: python-docs has train, dev and test")
+            raise UserError(f"--split {split}: python-docs has {' '.join(splits)}")
         passages = docs.remove_columns("query").add_column("title", [""] * len(docs))
         chosen = [(name, query) for name, query in zip(docs["_id"], docs["query"])
                   if bow_mae.text_hash(name) % 10 in splits[split]]
@@ -191,14 +201,15 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
     elif folder.is_dir():
         corpus, judged = find_file(folder, "corpus.jsonl", "collection.tsv"), find_file(
             folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
-        asked = find_file(folder, "queries.jsonl", f"queries.{split}.tsv", "queries.tsv")
-        if not corpus or not asked or not judged:
-            there = sorted(str(path.relative_to(folder)) for path in folder.glob("*qrels*/*.tsv*"))
-            there += sorted(path.name for path in folder.glob("qrels*.tsv*"))
-            missing = "corpus.jsonl" if not corpus else f"qrels of {split}" if not judged else "queries"
-            raise UserError(f"--data {folder} has no {missing}; its qrels are {' '.join(there) or 'none'}")
-        (queries, answers), qrels = read_queries(asked), read_qrels(judged)
-        passages = cached(read_passages, corpus)
+        asked = find_file(folder, f"queries.{split}.tsv", "queries.jsonl", "queries.tsv")
+        queries, answers = read_queries(asked) if asked else ({}, {})
+        if not corpus or not queries or not judged and not answers:
+            there = " ".join(str(path.relative_to(folder)) for path in sorted(folder.rglob("*qrels*/*.tsv*")))
+            there += " ".join(path.name for path in sorted(folder.glob("qrels*.tsv*")))
+            missing = "corpus.jsonl" if not corpus else "queries" if not queries else f"qrels of {split}"
+            raise UserError(f"--data {folder} has no {missing}; its qrels are {there or 'none'}")
+        qrels = read_qrels(judged) if judged else {name: {} for name in answers}
+        passages, same_ids = cached(read_passages, corpus), ".jsonl" in corpus.name
     else:
         with blame(f"--data {config.data}, no folder here, as a hub dataset with corpus, queries and -qrels"):
             passages = datasets.load_dataset(config.data, "corpus", split="corpus")
@@ -207,9 +218,9 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
         queries, qrels = dict(zip(map(str, asked["_id"]), asked["text"])), defaultdict(dict)
         for query_id, passage_id, grade in zip(judged["query-id"], judged["corpus-id"], judged["score"]):
             qrels[str(query_id)][str(passage_id)] = int(grade)
-    return check_task(config, passages, queries, qrels, answers)
+    return check_task(config, passages, queries, qrels, answers, same_ids)
 
-def check_task(config: RetrievalConfig, passages, queries: dict, qrels: dict, answers: dict) -> Task:
+def check_task(config, passages, queries: dict, qrels: dict, answers: dict, same_ids: bool) -> Task:
     """A task of the queries that are judged; UserError where an id is unknown or there twice."""
     ids = list(map(str, passages["_id"]))
     rows = dict(zip(ids, range(len(ids))))
@@ -221,46 +232,44 @@ def check_task(config: RetrievalConfig, passages, queries: dict, qrels: dict, an
     unknown += [name for judged in qrels.values() for name in judged if name not in rows]
     if unknown:
         raise UserError(f"--data {config.data}: the qrels have {len(unknown)} unknown ids: {unknown[0]!r}")
-    queries = {name: queries[name] for name in qrels}
-    return Task(passages, rows, queries, qrels, {name: answers[name] for name in queries if name in answers})
+    if not answers and not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
+        raise UserError(f"--data {config.data}: the qrels name no relevant passage")
+    answers = {name: answers[name] for name in qrels if name in answers}
+    return Task(passages, rows, {name: queries[name] for name in qrels}, qrels, answers, same_ids)
 
 # ---- BM25
 
-def bm25_index(texts: list[str]) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray]:
-    """An inverted index: the number of each word, where its postings begin, their passages and weights.
+def bm25(texts: list[str], queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """The k best texts for each query: scores and rows (Q, k), row -1 where none matches; seconds of search.
 
-    Robertson's BM25 as in Lucene, k1 = 0.9, b = 0.4, words of letters and digits in lower case. All postings
-    are in memory, 16 bytes each: meant for up to some million passages.
+    Robertson's BM25 as in Lucene, k1 = 0.9, b = 0.4, over runs of letters, digits and `_` in lower case. The
+    inverted index is in memory, some 30 bytes a posting: meant for up to a few million passages.
     """
-    words, numbers, rows, counts, lengths = {}, [], [], [], []
-    for row, text in enumerate(tqdm(texts, desc="BM25", unit="passage", leave=False)):
+    words, postings, lengths = {}, [array("i"), array("i"), array("i")], []  # number of word, row, count
+    for row, text in enumerate(tqdm(texts, desc="BM25 index", unit="passage", leave=False)):
         found = Counter(re.findall(r"\w+", text.lower()))
-        numbers += [words.setdefault(word, len(words)) for word in found]
-        rows += [row] * len(found)
-        counts += found.values()
+        for word, count in found.items():
+            for column, value in zip(postings, (words.setdefault(word, len(words)), row, count)):
+                column.append(value)
         lengths.append(found.total())
-    numbers, rows, counts, lengths = map(np.array, (numbers, rows, counts, lengths))
+    numbers, rows, counts = (np.array(column) for column in postings)
     frequency = np.bincount(numbers, minlength=len(words))                             # (words,)
     idf = np.log(1 + (len(lengths) - frequency + 0.5) / (frequency + 0.5))
-    norm = 0.9 * (1 - 0.4 + 0.4 * lengths / lengths.mean())                            # (passages,)
+    norm = 0.9 * (1 - 0.4 + 0.4 * np.array(lengths) / max(np.mean(lengths), 1e-9))     # (passages,)
     weights = (idf[numbers] * counts / (counts + norm[rows])).astype(np.float32)
-    order = np.argsort(numbers, kind="stable")
-    return words, np.concatenate([[0], np.cumsum(frequency)]), rows[order], weights[order]
-
-def bm25_search(index, size: int, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of `size` passages for each query: scores and rows (Q, k), row -1 where none matches."""
-    words, starts, rows, weights = index
-    scores, found = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1)
-    for i, query in enumerate(tqdm(queries, desc="BM25", unit="query", leave=False)):
-        total = np.zeros(size, np.float32)
+    order, ends = np.argsort(numbers, kind="stable"), np.cumsum(frequency)
+    rows, weights, began = rows[order], weights[order], time.perf_counter()
+    scores, best = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1)
+    for i, query in enumerate(tqdm(queries, desc="BM25 search", unit="query", leave=False)):
+        total = np.zeros(len(texts), np.float32)
         for word, count in Counter(re.findall(r"\w+", query.lower())).items():
-            if word in words:
-                at = slice(starts[words[word]], starts[words[word] + 1])
+            if (number := words.get(word)) is not None:
+                at = slice(ends[number] - frequency[number], ends[number])
                 total[rows[at]] += count * weights[at]
-        best = np.argsort(-total, kind="stable")[:k]
-        best = best[total[best] > 0]
-        scores[i, : len(best)], found[i, : len(best)] = total[best], best
-    return scores, found
+        top = np.argsort(-total, kind="stable")[:k]
+        top = top[total[top] > 0]
+        scores[i, : len(top)], best[i, : len(top)] = total[top], top
+    return scores, best, time.perf_counter() - began
 
 # ---- encoding
 
@@ -276,13 +285,14 @@ class Encoder:
         self.tokenizer = bow_mae.load_tokenizer(config.model)
         longest = max(config.max_query_length, config.max_passage_length)
         self.lm = bow_mae.load_lm(config.model, self.tokenizer, longest, config.seed).to(device).eval()
-        weights = hashlib.sha256(f"{self.dtype} {config.similarity} {config.max_passage_length}".encode())
+        flags = f"{self.dtype} {config.similarity} {config.max_passage_length}"
+        weights = hashlib.sha256((flags + self.tokenizer.backend_tokenizer.to_str()).encode())
         for tensor in self.lm.base_model.state_dict().values():
             weights.update(tensor.cpu().numpy().tobytes())
         self.key = weights.hexdigest()
 
     @torch.no_grad()
-    def __call__(self, texts: list[str], max_length: int, bar: tqdm | None = None) -> np.ndarray:
+    def __call__(self, texts: list[str], max_length: int) -> np.ndarray:
         """The vectors (N, D) of texts, float32, computed in batches of like length."""
         vectors = np.empty((len(texts), self.lm.config.hidden_size), np.float32)
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
@@ -291,17 +301,16 @@ class Encoder:
             some = order[start : start + max(1, TOKENS // len(tokens[order[start]]))]
             batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in some]}, return_tensors="pt")
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                cls = encode(self.lm.base_model, batch.to(self.device), self.config.similarity)
+                cls = encode(self.lm.base_model, batch, self.config.similarity)
             vectors[some] = cls.cpu().numpy()
             start += len(some)
-            if bar is not None:
-                bar.update(len(some))
         if not np.isfinite(vectors).all():
             raise UserError(f"--model {self.config.model}: a vector is not finite; set --precision fp32")
         return vectors
 
 def encode(encoder, batch, similarity: str):
-    """h_CLS (B, D) in float32 of input_ids and attention_mask (B, L), of norm 1 for `cos`."""
+    """h_CLS (B, D) as float32, of norm 1 for `cos`, of input_ids and attention_mask (B, L) on any device."""
+    batch = batch.to(encoder.device)
     cls = encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, 0].float()
     return F.normalize(cls, dim=1) if similarity == "cos" else cls                     # (B, D)
 
@@ -314,32 +323,31 @@ def encode_passages(config: RetrievalConfig, task: Task, encoder: Encoder) -> li
     folder, size = Path(config.output, "vectors"), len(task.passages)
     starts = np.array_split(np.arange(0, size, CHUNK), dist.get_world_size())[dist.get_rank()]
     files = [folder / f"{start:010}.npy" for start in starts]
-    share = sum(min(CHUNK, size - start) for start in starts)
-    bar = tqdm(total=int(share), desc="encode", unit="passage", leave=False, disable=dist.get_rank() > 0)
-    for start, file in zip(starts, files):
+    for start, file in zip(starts, tqdm(files, desc="encode", unit="passage", unit_scale=CHUNK, leave=False,
+                                        disable=dist.get_rank() > 0)):
         texts = task.texts(range(start, min(start + CHUNK, size)))
         key = hashlib.sha256("\0".join([encoder.key, *texts]).encode()).hexdigest()
-        with blame(f"--output {folder} cannot be used"):
-            if file.with_suffix(".json").exists():
-                if json.loads(file.with_suffix(".json").read_text())["key"] != key:
-                    raise UserError(f"--output {folder} holds vectors of another model, of other passages or "
-                                    f"flags: give another --output")
-                bar.update(len(texts))
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            vectors = encoder(texts, config.max_passage_length, bar)
-            np.save(file.with_suffix(".tmp.npy"), vectors)
-            file.with_suffix(".tmp.npy").replace(file)
-            bow_mae.write_json(file.with_suffix(".json"), {"key": key, "model": config.model})
-    bar.close()
+        sidecar = file.with_suffix(".json")
+        with blame(f"--output {folder} cannot be read"):
+            if sidecar.exists() and json.loads(sidecar.read_text())["key"] != key:
+                raise UserError(f"--output {folder} holds vectors of another model, of other passages or "
+                                f"flags: give another --output")
+        if not sidecar.exists():
+            vectors = encoder(texts, config.max_passage_length)
+            with blame(f"--output {folder} cannot be written"):
+                folder.mkdir(parents=True, exist_ok=True)
+                np.save(file.with_suffix(".tmp.npy"), vectors)
+                file.with_suffix(".tmp.npy").replace(file)
+                bow_mae.write_json(sidecar, {"key": key, "model": config.model})
     return files
 
 # ---- search
 
-def build_index(config: RetrievalConfig, files: list[Path], encoder: Encoder):
+def build_index(config: RetrievalConfig, task: Task, files: list[Path], encoder: Encoder):
     """The faiss index of this process's passages, saved under output/index; None without a passage."""
     faiss.omp_set_num_threads(torch.get_num_threads())
     path = Path(config.output, "index", f"{dist.get_rank():05}.faiss")
+    together(shutil.rmtree, path.parent, True, first=True)  # of another number of processes
     if not files:
         return None
     with blame(f"--index {config.index} or --output {path}"):
@@ -351,7 +359,9 @@ def build_index(config: RetrievalConfig, files: list[Path], encoder: Encoder):
             index.add(np.load(file))
         path.parent.mkdir(exist_ok=True)
         faiss.write_index(index, str(path))
-        bow_mae.write_json(path.with_suffix(".json"), {"key": encoder.key, "first_row": int(files[0].stem)})
+        bow_mae.write_json(path.with_suffix(".json"), {
+            "key": encoder.key, "data": config.data, "rows": len(task.passages),
+            "first_row": int(files[0].stem)})
     return index
 
 def search_index(index, vectors: np.ndarray, k: int, first_row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -373,21 +383,17 @@ def retrieve(config: RetrievalConfig, task: Task, device: torch.device, k: int):
     """Scores and rows (Q, k) of the best passages and the seconds of the search, for the first process."""
     queries = list(task.queries.values())
     if config.model == "bm25":
-        def _bm25():
-            index, began = bm25_index(task.texts(range(len(task.passages)))), time.perf_counter()
-            found = bm25_search(index, len(task.passages), queries, min(k, len(task.passages)))
-            return *found, time.perf_counter() - began
-        return together(_bm25, first=True)
+        return together(bm25, task.texts(range(len(task.passages))), queries, k, first=True)
     encoder = together(Encoder, config, device)
     files = together(encode_passages, config, task, encoder)
-    index = together(build_index, config, files, encoder)
-    mine = np.array_split(np.arange(len(queries)), dist.get_world_size())[dist.get_rank()]
-    everyone = [None] * dist.get_world_size()
-    began = time.perf_counter()
-    vectors = together(encoder, [queries[i] for i in mine], config.max_query_length)
+    index = together(build_index, config, task, files, encoder)
+    began, everyone = time.perf_counter(), [None] * dist.get_world_size()
+    # in groups that do not depend on the number of processes, as padding changes the last bits of a vector
+    starts = np.array_split(np.arange(0, len(queries), 256), len(everyone))[dist.get_rank()]
+    vectors = [encoder(queries[start : start + 256], config.max_query_length) for start in starts]
     dist.all_gather_object(everyone, vectors)
-    found = search_index(index, np.concatenate(everyone), k, int(files[0].stem) if files else 0)
-    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    found = search_index(index, np.concatenate(sum(everyone, [])), k, int(files[0].stem) if files else 0)
+    gathered = [None] * len(everyone) if dist.get_rank() == 0 else None
     dist.gather_object(found, gathered)
     return (*merge(gathered), time.perf_counter() - began) if gathered else None
 
@@ -395,15 +401,14 @@ def ranking(hits: dict[str, float]) -> list[str]:
     """Passage ids by falling score (as float32), then by falling id, as trec_eval ranks them."""
     return sorted(hits, key=lambda name: (np.float32(hits[name]), name.encode()), reverse=True)
 
-def make_run(config: RetrievalConfig, task: Task, scores, rows, k: int) -> dict[str, dict[str, float]]:
-    """The k best passages of each query, {query id: {passage id: score}}, from scores and rows (Q, more)."""
-    ids, run = list(task.rows), {}
-    for query_id, some_scores, some_rows in zip(task.queries, scores.tolist(), rows.tolist()):
-        hits = {ids[row]: score for score, row in zip(some_scores, some_rows) if row >= 0}
-        if not config.keep_identical_ids:
+def make_run(config: RetrievalConfig, task: Task, scores, rows, k: int):
+    """Yield each query id with its k best passages {passage id: score}, of scores and rows (Q, more)."""
+    ids, keep = list(task.rows), config.keep_identical_ids or not task.same_ids
+    for query_id, some_scores, some_rows in zip(task.queries, scores, rows):
+        hits = {ids[row]: score for score, row in zip(some_scores.tolist(), some_rows.tolist()) if row >= 0}
+        if not keep:
             hits.pop(query_id, None)
-        run[query_id] = {name: hits[name] for name in ranking(hits)[:k]}
-    return run
+        yield query_id, {name: hits[name] for name in ranking(hits)[:k]}
 
 # ---- metrics
 
@@ -414,7 +419,7 @@ def evaluate_run(run: dict, qrels: dict, relevance_level: int = 1, keep_identica
     positive grade is left out, one that the run lacks scores 0. A passage is relevant from relevance_level
     on; nDCG has the grades as gains (trec_eval m_ndcg_cut.c), MAP is cut at 1000 (m_map.c).
     """
-    results = {}
+    results, dcg = {}, lambda gains: sum(gain / np.log2(rank + 1) for rank, gain in enumerate(gains, 1))
     for query_id, judged in qrels.items():
         if max(judged.values(), default=0) < 1:
             continue
@@ -428,17 +433,13 @@ def evaluate_run(run: dict, qrels: dict, relevance_level: int = 1, keep_identica
         precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
         results[query_id] = {
             "MRR@10": 1 / ranks[0] if ranks and ranks[0] <= 10 else 0.0,
-            "nDCG@10": discounted(grades) / discounted(ideal),
+            "nDCG@10": dcg(grades) / dcg(ideal),
             "MAP@1000": sum(precisions) / max(count, 1)}
         for k in (50, 100, 1000):
             results[query_id][f"Recall@{k}"] = sum(rank <= k for rank in ranks) / max(count, 1)
         for k in (1, 10, 50, 1000):
             results[query_id][f"Hit@{k}"] = float(any(rank <= k for rank in ranks))
     return results
-
-def discounted(gains: list[int]) -> float:
-    """DCG = Σ gain_i / log2(i + 1), linear gains."""
-    return sum(gain / np.log2(rank + 1) for rank, gain in enumerate(gains, 1))
 
 def mean(results: dict) -> dict[str, float]:
     """The mean of each metric over queries."""
@@ -447,15 +448,9 @@ def mean(results: dict) -> dict[str, float]:
 
 def answer_tokens(text: str) -> list[str]:
     """DPR's words of a text: runs of letters, digits and marks, or single other visible characters."""
-    tokens, word = [], ""
-    for character in unicodedata.normalize("NFD", text) + " ":
-        kind = unicodedata.category(character)[0]
-        if kind in "LNM":
-            word += character
-            continue
-        tokens += [word.lower()] if word else []
-        tokens += [character.lower()] if kind not in "ZC" else []
-        word = ""
+    tokens, kind = [], lambda character: unicodedata.category(character)[0]
+    for word, run in groupby(unicodedata.normalize("NFD", text), lambda character: kind(character) in "LNM"):
+        tokens += ["".join(run).lower()] if word else [one.lower() for one in run if kind(one) not in "ZC"]
     return tokens
 
 def answer_hits(run: dict, answers: dict[str, list[str]], body) -> dict[str, dict[str, float]]:
@@ -463,19 +458,12 @@ def answer_hits(run: dict, answers: dict[str, list[str]], body) -> dict[str, dic
 
     body(passage id) is a passage's text without its title. As DPR's `has_answer`.
     """
-    def joined(tokens):
-        """A text in which a sequence of tokens can be sought."""
-        return "\0" + "\0".join(tokens) + "\0"
-
-    results = {}
+    joined, results = lambda tokens: "\0" + "\0".join(tokens) + "\0", {}  # to seek a sequence of tokens in
     for query_id, wanted in answers.items():
         wanted = [joined(tokens) for tokens in map(answer_tokens, wanted) if tokens]
-        first = np.inf
-        for rank, name in enumerate(ranking(run.get(query_id, {}))[:100], 1):
-            text = joined(answer_tokens(body(name)))
-            if any(answer in text for answer in wanted):
-                first = rank
-                break
+        texts = (joined(answer_tokens(body(name))) for name in ranking(run.get(query_id, {}))[:100])
+        ranks = (rank for rank, text in enumerate(texts, 1) if any(answer in text for answer in wanted))
+        first = next(ranks, np.inf)
         results[query_id] = {f"AnswerHit@{k}": float(first <= k) for k in (5, 20, 100)}
     return results
 
@@ -489,13 +477,11 @@ def permutation_test(differences: np.ndarray, seed: int = 0, draws: int = 10_000
 def read_run(path: str) -> dict[str, dict[str, float]]:
     """A TREC run file, `qid Q0 docid rank score tag` a line."""
     run = defaultdict(dict)
-    for number, record in read_records(Path(path), "line"):
-        fields = record["line"].split()
+    for number, record in read_records(Path(path), "a b c d e f"):
+        fields = " ".join(record.values()).split()
         with blame(f"{path}, line {number}: give qid Q0 docid rank score tag"):
             run[fields[0]][fields[2]] = float(fields[4])
     return dict(run)
-
-SHOWN = ("MRR@10", "nDCG@10", "Recall@100", "Hit@10")
 
 def print_table(rows: dict[str, dict], columns) -> None:
     """An aligned table; a row is a name and its values by column."""
@@ -509,25 +495,26 @@ def print_table(rows: dict[str, dict], columns) -> None:
 
 def judged_examples(config: RetrievalConfig, task: Task) -> list[dict]:
     """The training queries with the rows of their relevant passages and of their mined negatives, if any."""
-    path, negatives = config.negatives_file, {}
+    path, negatives, examples = config.negatives_file, {}, []
     for number, record in read_records(Path(path)) if path else []:
         query_id, names = record.get("query_id"), record.get("negatives")
-        if query_id not in task.queries or not isinstance(names, list):
-            raise UserError(f"--negatives_file {path}, line {number}: no list of negatives, or query "
-                            f"{query_id!r} is not in --train_split {config.train_split}")
-        if not task.rows.keys() >= set(names):
-            raise UserError(f"--negatives_file {path}, line {number}: a passage that --data has not")
-        negatives[query_id] = [task.rows[name] for name in names]
-    examples = [{"query": task.queries[query_id], "negatives": negatives.get(query_id, []),
-                 "positives": [task.rows[name] for name in judged if judged[name] >= config.relevance_level]}
-                for query_id, judged in task.qrels.items()]
+        known = query_id in task.queries and isinstance(names, list)
+        if not known or not task.rows.keys() >= {*map(str, names)}:
+            raise UserError(f"--negatives_file {path}, line {number}: query {query_id!r} is not in "
+                            f"--train_split {config.train_split}, or a negative is not in --data")
+        negatives[query_id] = np.array([task.rows[str(name)] for name in names], np.int32)
+    for query_id, judged in task.qrels.items():
+        positives = [task.rows[name] for name in judged if judged[name] >= config.relevance_level]
+        examples.append({"query": task.queries[query_id], "positives": positives,
+                         "negatives": negatives.get(query_id, [])})
     return [example for example in examples if example["positives"]]
 
 def read_examples(path: str, stamp: str):
     """Yield the examples of a .jsonl in Tevatron's format; a `score` in a passage is a teacher's."""
     for number, record in read_records(Path(path)):
         sides = [record.get("positive_passages"), record.get("negative_passages") or []]
-        if not isinstance(record.get("query"), str) or not sides[0]:
+        if not isinstance(record.get("query"), str) or not sides[0] or not all(
+                isinstance(side, list) and all(isinstance(p, dict) for p in side) for side in sides):
             raise UserError(f"--train_data {path}, line {number}: a query and positive_passages are needed")
         example = {"query": record["query"]}
         for side, passages in zip(("positives", "negatives"), sides):
@@ -569,15 +556,15 @@ class FinetuningSteps(torch.utils.data.Dataset):
         example, count = self.examples[i], self.config.negatives
         rng = np.random.default_rng([self.config.seed, epoch, i])
         positive, pool = rng.integers(len(example["positives"])), example["negatives"]
-        if not pool and self.task:
-            pool = rng.integers(len(self.task.passages), size=count).tolist()
-        if count and not pool:
-            raise UserError(f"--train_data: query {example['query']!r} has no negatives; set --negatives 0")
-        picks = rng.choice(len(pool), count, replace=len(pool) < count) if count else []
+        if not len(pool):  # a positive of another query
+            other = i + 1 + int(rng.integers(len(self.examples) - 1))
+            pool = self.examples[other % len(self.examples)]["positives"]
+        picks = rng.choice(len(pool), count, replace=len(pool) < count)
         passages = [example["positives"][positive], *(pool[pick] for pick in picks)]
-        given = example.get("negatives_scores", [None] * len(pool))
-        best = example.get("positives_scores", [None] * len(example["positives"]))
-        scores = [best[positive], *(given[pick] for pick in picks)]
+        scores = [None] * len(passages)
+        if example.get("negatives_scores"):
+            given = example["negatives_scores"]
+            scores = [example["positives_scores"][positive], *(given[pick] for pick in picks)]
         return example["query"], self.task.texts(passages) if self.task else passages, scores
 
 class BiEncoder(nn.Module):
@@ -597,9 +584,10 @@ class BiEncoder(nn.Module):
         for batch in batches:
             torch.manual_seed(batch["seed"])  # the dropout does not depend on who encodes the micro-batch
             encoded.append([encode(self.encoder, batch[side], self.config.similarity)
-                            for side in ("queries", "passages")] + [batch["teacher"]])
+                            for side in ("queries", "passages")] + [batch["teacher"].to(self.encoder.device)])
         queries, passages, teacher = (gather(torch.cat(rows)) for rows in zip(*encoded))
-        scores = queries @ passages.T / self.config.temperature                        # (B, B·(1+n))
+        with torch.autocast(queries.device.type, enabled=False):  # bf16 keeps 3 digits of a score
+            scores = queries @ passages.T / self.config.temperature                    # (B, B·(1+n))
         group = teacher.shape[1]
         own = torch.arange(len(passages), device=scores.device).view(-1, group)        # (B, 1+n) columns
         losses = {"contrastive_loss": F.cross_entropy(scores, own[:, 0])}
@@ -620,8 +608,10 @@ def load_examples(config: RetrievalConfig):
     """The training examples and, unless --train_data has their texts, the task whose passages they name."""
     if config.train_data:
         path = Path(config.train_data)
-        with blame(f"--train_data {path}"):
-            examples, task = cached(read_examples, path), None
+        text, number = datasets.Value("string"), datasets.Value("float32")
+        examples, task = cached(read_examples, path, datasets.Features({
+            "query": text, "positives": [text], "positives_scores": [number],
+            "negatives": [text], "negatives_scores": [number]})), None
     else:
         task = load_task(config, config.train_split)
         examples = judged_examples(config, task)
@@ -643,8 +633,9 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
     optimizer, scaler, state = bow_mae.load_optimizer(config, model, checkpoint, device)
     stream = FinetuningSteps(config, tokenizer, examples, task)
     loader = iter(torch.utils.data.DataLoader(
-        stream, batch_size=None, sampler=range(state["step"] + 1, steps + 1), num_workers=config.workers))
-    ddp = bow_mae.wrap_ddp(model, [moved(batch, device) for batch in together(stream.__getitem__, 1)])
+        stream, batch_size=None, sampler=range(state["step"] + 1, steps + 1), num_workers=config.workers,
+        worker_init_fn=bow_mae.leave_signals))
+    ddp = bow_mae.wrap_ddp(model, together(stream.__getitem__, 1))
     together(bow_mae.write_run, config, device, first=True)
     together(bow_mae.cut_metrics, config, state.get("logged", 0), first=True)
 
@@ -656,7 +647,7 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
         sizes = [sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)]
         signals, tokens, positions = bow_mae.agree(numbers=[signals, *sizes])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = ddp([moved(batch, device) for batch in batches])
+            losses = ddp(batches)
         loss = sum(losses.values())
         scaler.scale(loss * dist.get_world_size()).backward()  # DDP divides by the number of processes
         grad_norm = bow_mae.update(ddp, optimizer, scaler, lr)
@@ -667,7 +658,7 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
     def _save(step):
         state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         together(bow_mae.save_checkpoint, config, lm, tokenizer, state, config.max_passage_length,
-                 config.similarity, first=True)
+                 {"dot": "dot", "cos": "cosine"}[config.similarity], first=True)
 
     if dist.get_rank() == 0:
         print(f"fine-tuning {config.model}: {len(examples):,} queries | {config.batch_size} a step, with "
@@ -675,10 +666,6 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
               f"{device} {dtype}", flush=True)
     bow_mae.run_steps(config, device, state["step"], _step, _save)
     together(bow_mae.finish, config, first=True)
-
-def moved(batch: dict, device) -> dict:
-    """A micro-batch on the device."""
-    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
 
 # ---- negatives mining
 
@@ -695,7 +682,7 @@ def write_negatives(config: RetrievalConfig, task: Task, found) -> None:
     scores, rows, _ = found
     path, kept = Path(config.output, "negatives.jsonl"), 0
     with blame(f"--output {path} cannot be written"), path.with_suffix(".tmp").open("w") as file:
-        for i, (query_id, hits) in enumerate(make_run(config, task, scores, rows, config.depth[1]).items()):
+        for i, (query_id, hits) in enumerate(make_run(config, task, scores, rows, config.depth[1])):
             positives = {name for name, grade in task.qrels[query_id].items() if grade > 0}
             names = [name for name in list(hits)[config.depth[0] - 1 :] if name not in positives]
             if config.max_positive_ratio and hits:  # a positive that was not found has the last rank
@@ -718,14 +705,16 @@ def evaluate(config: RetrievalConfig, device: torch.device) -> dict | None:
     together(bow_mae.find_checkpoint, config, first=True)
     together(bow_mae.write_run, config, device, first=True)
     task = together(load_task, config, config.split, first=True)
+    other = together(read_run, config.compare, first=True) if config.compare else None
     found = retrieve(config, task, device, config.top_k + 17)  # some more, for ties and identical ids
-    return together(report, config, task, found, first=True)
+    return together(report, config, task, found, other, first=True)
 
-def report(config: RetrievalConfig, task: Task, found) -> dict:
+def report(config: RetrievalConfig, task: Task, found, other: dict | None = None) -> dict:
     """Write run.trec, qrels.trec, per_query.jsonl and metrics.json; returns the means of the metrics."""
     scores, rows, seconds = found
-    run, output = make_run(config, task, scores, rows, config.top_k), Path(config.output)
-    results = evaluate_run(run, task.qrels, config.relevance_level, config.keep_identical_ids)
+    run, output = dict(make_run(config, task, scores, rows, config.top_k)), Path(config.output)
+    keep = config.keep_identical_ids or not task.same_ids
+    results = evaluate_run(run, task.qrels, config.relevance_level, keep)
     answered = answer_hits(run, task.answers, lambda name: task.passages[task.rows[name]]["text"] or "")
     means = mean(results) | mean(answered) | {"queries/s": len(run) / seconds}
     with blame(f"--output {output} cannot be written"):
@@ -736,18 +725,18 @@ def report(config: RetrievalConfig, task: Task, found) -> dict:
             file.writelines(f"{query_id} 0 {name} {grade}\n"
                             for query_id, judged in task.qrels.items() for name, grade in judged.items())
         with (output / "per_query.jsonl").open("w") as file:
-            file.writelines(json.dumps({"query_id": query_id} | values | answered.get(query_id, {})) + "\n"
-                            for query_id, values in results.items())
+            for name in results | answered:
+                values = results.get(name, {}) | answered.get(name, {})
+                file.write(json.dumps({"query_id": name} | values) + "\n")
         bow_mae.write_json(output / "metrics.json", means)
     print_table({config.model: means}, [*means])
-    if config.compare:
-        compare(config, task, results)
+    if other is not None:
+        compare(config, results, evaluate_run(other, task.qrels, config.relevance_level, keep))
     return means
 
-def compare(config: RetrievalConfig, task: Task, results: dict) -> None:
+def compare(config: RetrievalConfig, results: dict, others: dict) -> None:
     """Print the mean difference of each metric from --compare, with the p-value of a permutation test."""
-    others, rows = evaluate_run(read_run(config.compare), task.qrels, config.relevance_level,
-                                config.keep_identical_ids), {}
+    rows = {}
     for name, ours in mean(results).items():
         differences = np.array([results[query_id][name] - others[query_id][name] for query_id in results])
         rows[name] = {"ours": ours, "theirs": ours - differences.mean(), "difference": differences.mean(),
@@ -757,42 +746,40 @@ def compare(config: RetrievalConfig, task: Task, results: dict) -> None:
 
 def recipe(config: RetrievalConfig, device: torch.device) -> None:
     """The paper's two stages, each command in a folder of its own under --output, and a table of them."""
-    output, table = Path(config.output), {}
+    output, table, model, folder = Path(config.output), {}, config.model, "zero_shot"
     on = lambda folder, **flags: replace(config, output=str(output / folder), **flags)
     table["BM25"] = evaluate(on("bm25", model="bm25"), device)
-    table["zero-shot"] = evaluate(on("zero_shot"), device)
-    model = config.model
+    table["zero-shot"] = evaluate(on(folder), device)
     for stage in ("stage1", "stage2"):  # each from the pre-trained model, with negatives of the model before
-        mine(on(f"{stage}/mined", model=model), device)
-        negatives = str(output / stage / "mined" / "negatives.jsonl")
+        mine(on(folder, model=model), device)  # by the vectors of its evaluation
+        negatives = str(output / folder / "negatives.jsonl")
         finetune(on(f"{stage}/model", negatives_file=negatives), device)
-        model = str(output / stage / "model")
-        table[stage] = evaluate(on(f"{stage}/test", model=model), device)
+        folder, model = f"{stage}/test", str(output / stage / "model")
+        table[stage] = evaluate(on(folder, model=model), device)
     if dist.get_rank() == 0:
-        print_table(table, [*SHOWN, "queries/s"])
+        print_table(table, ["MRR@10", "nDCG@10", "Recall@100", "Hit@10", "queries/s"])
         bow_mae.write_json(output / "table.json", table)
 
 def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
     """Print the ten best passages for a text, or for each line typed, from the index of `evaluate`."""
     encoder, task, found = Encoder(config, device), load_task(config, config.split), []
     for path in sorted(Path(config.output, "index").glob("*.faiss")):
-        saved, index = json.loads(path.with_suffix(".json").read_text()), faiss.read_index(str(path))
-        if saved["key"] != encoder.key:
-            raise UserError(f"--output {path} is the index of another model (dimension {index.d}), not of "
-                            f"--model {config.model} (dimension {encoder.lm.config.hidden_size})")
+        with blame(f"--output {path} cannot be read; run `evaluate` again"):
+            saved, index = json.loads(path.with_suffix(".json").read_text()), faiss.read_index(str(path))
+        if saved["key"] != encoder.key or (saved["data"], saved["rows"]) != (config.data, len(task.passages)):
+            raise UserError(f"--output {path} is the index of another --model (dimension {index.d}, here "
+                            f"{encoder.lm.config.hidden_size}), --data or flag")
         found.append((index, saved["first_row"]))
     if not found:
         raise UserError(f"--output {config.output} has no index: run `evaluate` with these flags first")
-    while text or (text := input("search: ").strip()):
-        vectors = encoder([text], config.max_query_length)
-        scores, rows = merge([search_index(index, vectors, 10, first) for index, first in found])
-        for score, row in zip(scores[0], rows[0]):
-            if row >= 0:
-                passage = " ".join(task.texts([row])[0].split())
-                print(f"{score:8.3f}  {task.passages[int(row)]['_id']}\n          {passage[:150]}")
-        if not sys.stdin.isatty():
-            return
-        text = ""
+    with contextlib.suppress(EOFError):
+        for line in [text] if text else iter(lambda: input("search: ").strip(), ""):
+            vectors = encoder([line], config.max_query_length)
+            scores, rows = merge([search_index(index, vectors, 10, first) for index, first in found])
+            for score, row in zip(scores[0].tolist(), rows[0].tolist()):
+                if row >= 0:
+                    passage = " ".join(task.texts([row])[0].split())
+                    print(f"{score:8.3f}  {task.passages[row]['_id']}\n          {passage[:150]}")
 
 def explain(config: RetrievalConfig, device: torch.device, text: str) -> None:
     """Print which terms the [CLS] vector of a text holds: the text with them in colour, the best, a share."""
@@ -808,10 +795,11 @@ def explain(config: RetrievalConfig, device: torch.device, text: str) -> None:
     covered = set(logits[0].topk(int(terms.sum())).indices.tolist())
     shown, end = "", 0
     for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"]):
-        held = token in covered and sys.stdout.isatty()
-        shown += text[end:first] + (f"\033[32m{text[first:last]}\033[0m" if held else text[first:last])
+        piece = text[max(first, end) : last]  # byte-level BPE gives some characters to two tokens
+        held = piece and token in covered and sys.stdout.isatty()
+        shown += text[end:first] + (f"\033[32m{piece}\033[0m" if held else piece)
         end = max(end, last)
-    print(f"{shown}\n\n{'term':<20}{'weight':>8}  in the text")
+    print(f"{shown}{text[end:]}\n\n{'term':<20}{'weight':>8}  in the text")
     weights, best = logits[0].softmax(0).topk(20)
     for weight, term in zip(weights.tolist(), best.tolist()):
         name = encoder.tokenizer.convert_ids_to_tokens(term)
@@ -831,8 +819,8 @@ def main(argv: list[str] | None = None) -> None:
     def _parse():
         if words and words[0] not in COMMANDS:
             raise UserError(f"{words[0]}: the commands are {' '.join(COMMANDS)}, or none for all")
-        if len(words) > 2 or len(words) == 2 and words[0] not in ("search", "explain"):
-            raise UserError(f"{words[-1]!r} is no flag; put a text to search or explain in quotation marks")
+        if len(words) > 1 + (words[:1] in (["search"], ["explain"])) or words == ["explain"]:
+            raise UserError(f"after {words[-1]!r} come flags, or one text in quotation marks")
         return bow_mae.parse_config(argv[len(words) :], RetrievalConfig)
 
     with bow_mae.process_group() as device:

@@ -99,7 +99,7 @@ def error_of(capfd, *flags, script=bow_mae):
     with pytest.raises(SystemExit) as stop:
         main(*flags, script=script)
     lines = capfd.readouterr().err.replace("\x1b[A", "").splitlines()  # tqdm moves up where bars are left
-    errors = [line for line in lines if line.startswith("error: ")]
+    errors = [line.strip() for line in lines if line.strip().startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1, lines
     return errors[0], len(lines)
 
@@ -1015,7 +1015,7 @@ def test_bow_teaches_the_cls_vector_its_words_and_mlm_does_not(tmp_path):
     assert coverage["mlm"][1] < 0.15 and coverage["bow"][1] > 0.3
 
 
-# =================================================================================== retrieval: eval_retrieval.py
+# =============================================================================== retrieval: eval_retrieval.py
 
 # ---------------------------------------------------------------------------------------------------- metrics
 
@@ -1073,8 +1073,10 @@ def test_answers_are_sought_word_for_word_as_dpr_does():
     def rank(answer):
         """The first rank of an answer, of which AnswerHit tells whether it is within 5."""
         return eval_retrieval.answer_hits(run, {"1": [answer]}, bodies.get)["1"]["AnswerHit@5"]
-    assert [rank(text) for text in ("neil armstrong", "\u00d3scar", "$5", "arm", "5 $", "", " ")] == [1, 1, 1, 0, 0, 0, 0]
-    assert eval_retrieval.answer_tokens("L'\u00c9t\u00e9 3.5%") == ["l", "'", "e\u0301te\u0301", "3", ".", "5", "%"]
+    found = [rank(text) for text in ("neil armstrong", "\u00d3scar", "$5", "arm", "5 $", "", " ")]
+    assert found == [1, 1, 1, 0, 0, 0, 0]
+    tokens = eval_retrieval.answer_tokens("L'\u00c9t\u00e9 3.5%")
+    assert tokens == ["l", "'", "e\u0301te\u0301", "3", ".", "5", "%"]
 
 
 def test_answer_hits_count_to_their_rank():
@@ -1095,8 +1097,7 @@ def test_the_permutation_test_agrees_with_all_signs():
 
 def test_bm25_is_the_sum_of_the_textbook():
     texts = ["a b b c", "b c d", "", "a A a, e", "f"]
-    index = eval_retrieval.bm25_index(texts)
-    scores, rows = eval_retrieval.bm25_search(index, 5, ["B a unknown", "unknown"], 5)
+    scores, rows, _ = eval_retrieval.bm25(texts, ["B a unknown", "unknown"], 5)
     words, expected = [text.lower().replace(",", "").split() for text in texts], []
     for document in words:
         score = 0
@@ -1109,7 +1110,7 @@ def test_bm25_is_the_sum_of_the_textbook():
     assert scores[0, :3] == pytest.approx([expected[row] for row in rows[0, :3]])
 
 
-# ------------------------------------------------------------------------------------------------ task formats
+# ----------------------------------------------------------------------------------------------- task formats
 
 PASSAGES = [{"_id": f"d{i}", "title": "" if i % 3 else "ba", "text": text}
             for i, text in enumerate(make_texts(70, seed=3, evaluated=0, longest=12))]
@@ -1139,15 +1140,39 @@ def load(data, split="test"):
     return eval_retrieval.load_task(RetrievalConfig(data=str(data)), split)
 
 
+def test_queries_with_answers_need_no_qrels(beir, unfinetuned, tmp_path):
+    """One is answered by its own passage, the other by none."""
+    shutil.copytree(beir, tmp_path / "task")
+    shutil.rmtree(tmp_path / "task/qrels")
+    text = PASSAGES[40]["text"]
+    queries = [{"_id": name, "text": text, "answers": [answer]} for name, answer in (("q", text), ("p", "no"))]
+    (tmp_path / "task/queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    flags = "--model", unfinetuned, "--data", tmp_path / "task", "--output", tmp_path / "out"
+    retrieval("evaluate", *flags)
+    rows = [json.loads(line) for line in (tmp_path / "out/per_query.jsonl").read_text().splitlines()]
+    assert [(row["query_id"], row["AnswerHit@100"]) for row in rows] == [("q", 1), ("p", 0)]
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["AnswerHit@100"] == 1 / 2
+
+
+def test_equal_ids_mean_nothing_between_the_numbers_of_ms_marco(tmp_path):
+    (tmp_path / "collection.tsv").write_text("1\tba ke\n2\tdi lo\n")
+    (tmp_path / "queries.test.tsv").write_text("1\tba ke\n")
+    (tmp_path / "qrels.test.tsv").write_text("1\t1\t1\n")
+    retrieval("evaluate", "--model", "bm25", "--data", tmp_path, "--output", tmp_path / "out")
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["MRR@10"] == 1
+
+
 @pytest.mark.parametrize("iteration", ["", "0\t"])
 def test_ms_marco_files_give_the_same_task_as_a_beir_folder(iteration, beir, tmp_path):
     task = load(beir)
     texts = task.texts(range(len(task.passages)))
     collection = "".join(f"{name}\t{text}\n" for name, text in zip(task.rows, texts))
+    queries = "".join(f"{name}\t{text}\n" for name, text in task.queries.items())
+    qrels = "".join(f"{query}\t{iteration}{name}\t{grade}\n"
+                    for query, some in task.qrels.items() for name, grade in some.items())
     (tmp_path / "collection.tsv.gz").write_bytes(gzip.compress(collection.encode()))
-    (tmp_path / "queries.test.tsv").write_text("".join(f"{name}\t{text}\n" for name, text in task.queries.items()))
-    (tmp_path / "qrels.test.tsv").write_text("".join(f"{query}\t{iteration}{name}\t{grade}\n"
-                                             for query, some in task.qrels.items() for name, grade in some.items()))
+    (tmp_path / "queries.test.tsv").write_text(queries)
+    (tmp_path / "qrels.test.tsv").write_text(qrels)
     other = load(tmp_path)
     assert len(task.queries) == 30 and other.texts(range(len(texts))) == texts
     assert (other.rows, other.queries, other.qrels) == (task.rows, task.queries, task.qrels)
@@ -1155,7 +1180,8 @@ def test_ms_marco_files_give_the_same_task_as_a_beir_folder(iteration, beir, tmp
 
 def test_titles_and_texts_may_be_null_or_missing(beir, tmp_path):
     shutil.copytree(beir, tmp_path / "task")
-    rows = [{"_id": "d40", "title": None, "text": "ba"}, {"_id": "d41", "title": "ke", "text": None}, {"_id": 7}]
+    rows = [{"_id": "d40", "title": None, "text": "ba"}, {"_id": "d41", "title": "ke", "text": None},
+            {"_id": 7}]
     (tmp_path / "task/corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task/qrels/test.tsv").write_text("q40\td40\t1\nq41\t7\t2\n")
     task = load(tmp_path / "task")
@@ -1166,8 +1192,11 @@ def test_hub_names_are_loaded_as_those_of_beir(monkeypatch):
     tables = {("BeIR/x", "corpus", "corpus"): {"_id": ["1"], "title": ["ba"], "text": ["ke"]},
               ("BeIR/x", "queries", "queries"): {"_id": ["2"], "title": [""], "text": ["di"]},
               ("BeIR/x-qrels", None, "test"): {"query-id": [2], "corpus-id": [1], "score": [1]}}
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name=None, *, split: datasets.Dataset.from_dict(
-        tables[path, name, split]))
+
+    def load_dataset(path, name=None, *, split):
+        return datasets.Dataset.from_dict(tables[path, name, split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = load("BeIR/x")
     assert (task.texts([0]), task.queries, task.qrels) == (["ba ke"], {"2": "di"}, {"2": {"1": 1}})
 
@@ -1180,7 +1209,7 @@ def test_python_docs_splits_share_no_query_and_ids_differ_from_those_of_passages
     assert len(tasks[0].queries) > 5 * len(tasks[2].queries) > 100
 
 
-# ----------------------------------------------------------------------------------------- encoding and search
+# ---------------------------------------------------------------------------------------- encoding and search
 
 
 def retrieval(*flags):
@@ -1188,15 +1217,21 @@ def retrieval(*flags):
     main(*flags, script=eval_retrieval)
 
 
+def torchrun(processes, script, *flags):
+    """A run of a script in processes of its own, which must succeed."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, script]
+    ended = subprocess.run([*map(str, start), *map(str, flags)], capture_output=True, text=True, timeout=200,
+                           env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})
+    assert ended.returncode == 0, ended.stderr
+
+
 def retrieval_run(*flags, processes=1):
     """A run of eval_retrieval.py, with 16 passages a file of vectors, in processes of its own."""
     script = Path(CACHE.name, "run_retrieval.py")
-    script.write_text("import sys, eval_retrieval\neval_retrieval.CHUNK = 16\neval_retrieval.main(sys.argv[1:])\n")
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
-    ended = subprocess.run([*start, *map(str, flags)], capture_output=True, text=True, timeout=200, env=environment)
-    assert ended.returncode == 0, ended.stderr
-    return ended
+    script.write_text("import sys, eval_retrieval\n"
+                      "eval_retrieval.CHUNK = 16\n"
+                      "eval_retrieval.main(sys.argv[1:])\n")
+    torchrun(processes, script, *flags)
 
 
 @pytest.fixture
@@ -1222,7 +1257,8 @@ def unfinetuned(trained):
 
 def test_an_evaluation_is_that_of_a_loop_over_sentences(evaluated, unfinetuned, beir):
     """Each text alone through `transformers`, all dot products, sorted."""
-    tokenizer, lm = AutoTokenizer.from_pretrained(unfinetuned), AutoModelForMaskedLM.from_pretrained(unfinetuned)
+    tokenizer = AutoTokenizer.from_pretrained(unfinetuned)
+    lm = AutoModelForMaskedLM.from_pretrained(unfinetuned)
     def encode(text, length):
         """[CLS] of one text."""
         with torch.no_grad():
@@ -1233,8 +1269,8 @@ def test_an_evaluation_is_that_of_a_loop_over_sentences(evaluated, unfinetuned, 
     run = {query_id: dict(zip(task.rows, (passages @ encode(text, 32)).tolist()))
            for query_id, text in task.queries.items()}
     found = eval_retrieval.read_run(evaluated / "run.trec")
-    assert {query_id: hits.keys() for query_id, hits in found.items()} == {query_id: hits.keys() for query_id, hits in run.items()}
-    for query_id, hits in found.items():
+    assert found.keys() == run.keys()
+    for query_id, hits in found.items():  # approx compares the keys too
         assert hits == pytest.approx(run[query_id], rel=1e-4)
 
 
@@ -1251,10 +1287,32 @@ def test_an_evaluation_leaves_files_that_agree(evaluated, beir):
     assert np.mean([row["MRR@10"] for row in per_query]) == pytest.approx(means["MRR@10"])
 
 
-def test_two_processes_give_the_same_run_file_as_one(evaluated, unfinetuned, beir, tmp_path):
-    retrieval_run("evaluate", "--model", unfinetuned, "--data", beir, "--output", tmp_path / "out", processes=2)
-    assert (tmp_path / "out/run.trec").read_bytes() == (evaluated / "run.trec").read_bytes()
-    assert len(list((tmp_path / "out/index").glob("*.faiss"))) == 2
+def test_two_processes_give_the_same_run_file_as_one(evaluated, unfinetuned, beir, tmp_path, small_chunks):
+    output = tmp_path / "out"
+    retrieval_run("evaluate", "--model", unfinetuned, "--data", beir, "--output", output, processes=2)
+    assert (output / "run.trec").read_bytes() == (evaluated / "run.trec").read_bytes()
+    assert len(list((output / "index").glob("*.faiss"))) == 2
+    retrieval("evaluate", "--model", unfinetuned, "--data", beir, "--output", output)  # once more, by one
+    assert len(list((output / "index").glob("*.faiss"))) == 1
+
+
+def test_query_vectors_do_not_depend_on_the_number_of_processes(unfinetuned, beir, monkeypatch, tmp_path):
+    """They are encoded in groups of 256, whoever encodes them; here 300, after the 70 passages."""
+    task = load(beir, "train")
+    task.queries = {str(i): " ".join(WORDS[: 1 + i % 25]) for i in range(300)}
+    task.qrels = {name: {} for name in task.queries}
+    encoded = []
+
+    class Noted(eval_retrieval.Encoder):
+        def __call__(self, texts, max_length):
+            encoded.append(texts)
+            return super().__call__(texts, max_length)
+
+    monkeypatch.setattr(eval_retrieval, "Encoder", Noted)
+    with bow_mae.process_group() as device:
+        config = RetrievalConfig(model=str(unfinetuned), output=str(tmp_path))
+        eval_retrieval.retrieve(config, task, device, 5)
+    assert [len(texts) for texts in encoded] == [70, 256, 44]
 
 
 def test_no_more_passages_than_there_are_and_no_more_than_top_k(unfinetuned, beir, tmp_path):
@@ -1263,31 +1321,44 @@ def test_no_more_passages_than_there_are_and_no_more_than_top_k(unfinetuned, bei
     assert {len(hits) for hits in run.values()} == {5}
 
 
-@pytest.mark.parametrize("index, least", [("SQfp16", 0.8), ("HNSW32", 0.8), ("IVF2,Flat", 0.3), ("IVF2,PQ4x4", 0.05)])
-def test_other_indexes_find_much_of_what_flat_finds(index, least, evaluated, unfinetuned, beir, tmp_path, small_chunks):
-    retrieval("evaluate", "--model", unfinetuned, "--data", beir, "--output", tmp_path / "out", "--index", index)
-    flat, other = (eval_retrieval.read_run(output / "run.trec") for output in (evaluated, tmp_path / "out"))
+@pytest.mark.parametrize("index, least", [
+    ("SQfp16", 0.8), ("HNSW32", 0.8), ("IVF2,Flat", 0.3), ("IVF2,PQ4x4", 0.05)])
+def test_other_indexes_find_much_of_what_flat_finds(
+        index, least, evaluated, unfinetuned, beir, tmp_path, small_chunks):
+    output = tmp_path / "out"
+    retrieval("evaluate", "--model", unfinetuned, "--data", beir, "--output", output, "--index", index)
+    flat, other = (eval_retrieval.read_run(folder / "run.trec") for folder in (evaluated, output))
     assert all(hits and not hits.keys() - load(beir).rows.keys() for hits in other.values())
     same = [len(set([*hits][:10]) & set([*other[query_id]][:10])) / 10 for query_id, hits in flat.items()]
     assert np.mean(same) > least
 
 
-def test_finished_vectors_are_used_again_and_others_refused(evaluated, unfinetuned, beir, tmp_path, small_chunks, monkeypatch, capfd):
-    shutil.copytree(evaluated, tmp_path / "out")
-    for path in (tmp_path / "out/vectors").glob("0000000016*"):
+def test_finished_vectors_are_used_again_and_others_refused(
+        evaluated, unfinetuned, beir, tmp_path, small_chunks, monkeypatch, capfd):
+    output = tmp_path / "out"
+    shutil.copytree(evaluated, output)
+    for path in (output / "vectors").glob("0000000016*"):
         path.unlink()  # as if it had not been finished
     counts, encode = [], eval_retrieval.encode
-    monkeypatch.setattr(eval_retrieval, "encode", lambda *args: counts.append(len(args[1]["input_ids"])) or encode(*args))
-    flags = ["evaluate", "--model", unfinetuned, "--data", beir, "--output", tmp_path / "out"]
+
+    def counted(*args):
+        counts.append(len(args[1]["input_ids"]))
+        return encode(*args)
+
+    monkeypatch.setattr(eval_retrieval, "encode", counted)
+    flags = ["evaluate", "--model", unfinetuned, "--data", beir, "--output", output]
     retrieval(*flags)
-    assert sum(counts) == 16 + 30 and (tmp_path / "out/run.trec").read_bytes() == (evaluated / "run.trec").read_bytes()
-    path = tmp_path / "out/vectors/0000000016.json"
+    assert sum(counts) == 16 + 30
+    assert (output / "run.trec").read_bytes() == (evaluated / "run.trec").read_bytes()
+    path = output / "vectors/0000000016.json"
     path.write_text('{"key": "that of another model"}')
     assert "another model" in error_of(capfd, *flags, script=eval_retrieval)[0]
-    assert "--max_passage_length 64, not 32" in error_of(capfd, *flags, "--max_passage_length", 32, script=eval_retrieval)[0]
+    error, _ = error_of(capfd, *flags, "--max_passage_length", 32, script=eval_retrieval)
+    assert "--max_passage_length 64, not 32" in error
 
 
-def test_compare_finds_no_difference_from_itself_and_one_from_bm25(evaluated, unfinetuned, beir, tmp_path, capfd):
+def test_compare_finds_no_difference_from_itself_and_one_from_bm25(
+        evaluated, unfinetuned, beir, tmp_path, capfd):
     flags = "evaluate", "--data", beir, "--compare", evaluated / "run.trec"
     retrieval(*flags, "--model", unfinetuned, "--output", tmp_path / "same")
     retrieval(*flags, "--model", "bm25", "--output", tmp_path / "bm25")
@@ -1310,7 +1381,8 @@ def test_explain_prints_text_terms_and_coverage(unfinetuned, capfd):
     capfd.readouterr()
     retrieval("explain", text, "--model", unfinetuned)
     shown = capfd.readouterr().out
-    tokenizer, lm = AutoTokenizer.from_pretrained(unfinetuned), AutoModelForMaskedLM.from_pretrained(unfinetuned)
+    tokenizer = AutoTokenizer.from_pretrained(unfinetuned)
+    lm = AutoModelForMaskedLM.from_pretrained(unfinetuned)
     input_ids = torch.tensor([tokenizer(text).input_ids])
     with torch.no_grad():
         logits = lm(input_ids).logits[:, 0]
@@ -1319,10 +1391,10 @@ def test_explain_prints_text_terms_and_coverage(unfinetuned, capfd):
     assert tokenizer.convert_ids_to_tokens(logits.argmax().item()) in shown
 
 
-# -------------------------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------------------ fine-tuning
 
-STEPS = ("finetune --batch_size 8 --micro_batch_size 4 --epochs 2 --lr 1e-3 --warmup_steps 2 --log_every 1 --save_every 4 "
-         "--negatives 2 --precision fp32").split()
+STEPS = ("finetune --batch_size 8 --micro_batch_size 4 --epochs 2 --lr 1e-3 --warmup_steps 2 --log_every 1 "
+         "--save_every 4 --negatives 2 --precision fp32").split()
 
 
 @pytest.fixture(scope="session")
@@ -1341,11 +1413,11 @@ def finetuned(folder, unfinetuned, beir, mined):
     return flags, folder / "finetuned"
 
 
-def random_encoder(scale=1.0):
+def random_encoder():
     """A random BERT of dropout 0."""
     torch.manual_seed(0)
-    return transformers.BertModel(transformers.BertConfig(**TINY, hidden_dropout_prob=0, attention_probs_dropout_prob=0),
-                                  add_pooling_layer=False)
+    config = transformers.BertConfig(**TINY, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    return transformers.BertModel(config, add_pooling_layer=False)
 
 
 @pytest.fixture
@@ -1357,7 +1429,11 @@ def alone():
 
 def contrastive_batch(teacher):
     """A micro-batch of 3 queries with 2 passages each."""
-    side = lambda count: {"input_ids": torch.randint(5, 200, (count, 6)), "attention_mask": torch.ones(count, 6).long()}
+
+    def side(count):
+        rows = torch.randint(5, 200, (count, 6))
+        return transformers.BatchEncoding({"input_ids": rows, "attention_mask": torch.ones_like(rows)})
+
     torch.manual_seed(1)
     return {"seed": 0, "queries": side(3), "passages": side(6), "teacher": teacher}
 
@@ -1366,7 +1442,8 @@ def contrastive_batch(teacher):
 def test_the_contrastive_and_the_teacher_loss_are_those_of_a_loop(similarity, alone):
     teacher = torch.randn(3, 2)
     batch, encoder = contrastive_batch(teacher), random_encoder()
-    losses = eval_retrieval.BiEncoder(encoder, RetrievalConfig(similarity=similarity, temperature=0.5))([batch])
+    config = RetrievalConfig(similarity=similarity, temperature=0.5)
+    losses = eval_retrieval.BiEncoder(encoder, config)([batch])
     cls = {side: encoder(**batch[side]).last_hidden_state[:, 0] for side in ("queries", "passages")}
     if similarity == "cos":
         cls = {side: rows / rows.norm(dim=1, keepdim=True) for side, rows in cls.items()}
@@ -1393,16 +1470,35 @@ eval_retrieval.main(sys.argv[1:])
 """
 
 
+def test_scores_under_autocast_are_products_in_float32(alone):
+    """Of the same vectors, which autocast rounds: bfloat16 would keep three digits of a score near 32."""
+    batch, encoder = contrastive_batch(torch.full((3, 2), torch.nan)), random_encoder()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = eval_retrieval.BiEncoder(encoder, RetrievalConfig())([batch])["contrastive_loss"]
+        sides = (eval_retrieval.encode(encoder, batch[side], "dot") for side in ("queries", "passages"))
+        queries, passages = (rows.double() for rows in sides)
+    expected = torch.nn.functional.cross_entropy(queries @ passages.T, torch.tensor([0, 2, 4]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_signals_are_as_before_once_the_steps_are_done(finetuned, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    eval_retrieval.main([*map(str, finetuned[0]), "--output", str(tmp_path / "out"), "--steps", "1"])
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_loader_processes_change_nothing_in_fine_tuning(finetuned, tmp_path):
+    retrieval(*finetuned[0], "--output", tmp_path / "out", "--workers", 2)
+    assert same_weights(tmp_path / "out", finetuned[1])
+
+
 def test_two_processes_give_the_losses_and_the_gradient_of_one(finetuned, tmp_path):
     """With hard negatives, by the whole recipe of a step; the rest of the run only differs by rounding."""
-    flags, script = finetuned[0], tmp_path / "keep_gradient.py"
+    script = tmp_path / "keep_gradient.py"
     script.write_text(KEEP_GRADIENT)
     for processes in (1, 2):
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, script]
-        flags = [tmp_path / f"{processes}.pt", *finetuned[0], "--output", tmp_path / f"out{processes}"]
-        ended = subprocess.run([*map(str, start), *map(str, flags)], capture_output=True, text=True, timeout=200,
-                               env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)})
-        assert ended.returncode == 0, ended.stderr
+        flags = [*finetuned[0], "--output", tmp_path / f"out{processes}"]
+        torchrun(processes, script, tmp_path / f"{processes}.pt", *flags)
     one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
     for name in one:
         assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm()
@@ -1417,7 +1513,8 @@ def test_a_killed_fine_tuning_goes_on_bit_for_bit(finetuned, tmp_path):
     (tmp_path / "out/model.safetensors").unlink()
     retrieval(*flags, "--output", tmp_path / "out", "--save_every", 3)  # a killed run has no later checkpoint
     assert same_weights(tmp_path / "out", output)
-    assert [row["loss"] for row in records(tmp_path / "out", "loss")] == [row["loss"] for row in records(output, "loss")]
+    one, other = (records(folder, "loss") for folder in (tmp_path / "out", output))
+    assert [row["loss"] for row in one] == [row["loss"] for row in other]
 
 
 def test_an_example_has_a_positive_first_and_new_negatives_in_each_epoch(beir, mined):
@@ -1434,25 +1531,28 @@ def test_an_example_has_a_positive_first_and_new_negatives_in_each_epoch(beir, m
 def test_training_data_of_tevatron_with_teacher_scores(unfinetuned, tmp_path, capfd):
     with (tmp_path / "train.jsonl").open("w") as file:
         for passage in PASSAGES[:16]:
-            file.write(json.dumps({"query": passage["text"][:20], "positive_passages": [passage | {"score": 5.0}],
-                                   "negative_passages": [PASSAGES[20] | {"score": 1.0}]}) + "\n")
+            row = {"query": passage["text"][:20], "positive_passages": [passage | {"score": 5.0}],
+                   "negative_passages": [PASSAGES[20] | {"score": 1.0}]}
+            file.write(json.dumps(row) + "\n")
     flags = [*STEPS, "--model", unfinetuned, "--train_data", tmp_path / "train.jsonl", "--negatives", 1]
     retrieval(*flags, "--output", tmp_path / "out")
     rows = records(tmp_path / "out", "teacher_loss")
-    assert len(rows) == 4 and all(row["loss"] == pytest.approx(row["contrastive_loss"] + row["teacher_loss"]) for row in rows)
+    assert len(rows) == 4
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["contrastive_loss"] + row["teacher_loss"])
 
 
 def test_a_fine_tuned_folder_opens_elsewhere(finetuned):
     _, report = AutoModelForMaskedLM.from_pretrained(finetuned[1], output_loading_info=True)
     assert not any(report.values())
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    config = RetrievalConfig(model=str(finetuned[1]))
-    ours = eval_retrieval.Encoder(config, torch.device("cpu"))(["baba keke", "dodo"], 64)
-    theirs = sentence_transformers.SentenceTransformer(str(finetuned[1]), device="cpu").encode(["baba keke", "dodo"])
+    model, texts = str(finetuned[1]), ["baba keke", "dodo"]
+    ours = eval_retrieval.Encoder(RetrievalConfig(model=model), torch.device("cpu"))(texts, 64)
+    theirs = sentence_transformers.SentenceTransformer(model, device="cpu").encode(texts)
     assert np.abs(ours - theirs).max() < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------- mining
+# ----------------------------------------------------------------------------------------------------- mining
 
 
 def write_run_negatives(qrels, ranked, tmp_path, **flags):
@@ -1462,31 +1562,37 @@ def write_run_negatives(qrels, ranked, tmp_path, **flags):
     scores = np.array([[10.0 - i for i in range(len(ranked[query]))] for query in qrels], np.float32)
     found = scores, np.array([[rows[name] for name in ranked[query]] for query in qrels]), 0
     eval_retrieval.write_negatives(RetrievalConfig(output=str(tmp_path), **flags), task, found)
-    return {row["query_id"]: row["negatives"] for row in map(json.loads, (tmp_path / "negatives.jsonl").open())}
+    lines = (tmp_path / "negatives.jsonl").read_text().splitlines()
+    return {row["query_id"]: row["negatives"] for row in map(json.loads, lines)}
 
 
 def test_each_query_loses_its_own_positives_and_no_others(tmp_path):
     qrels = {"2": {"a": 1, "c": 2, "e": 0}, "1": {"b": 1}, "d": {"a": 1}}
-    negatives = write_run_negatives(qrels, {"2": "abcdef", "1": "abcdef", "d": "abcdef"}, tmp_path, depth=[1, 200])
-    assert negatives == {"2": list("bdef"), "1": list("acdef"), "d": list("bcef")}  # "d" has the id of its query
+    ranked = {"2": "abcdef", "1": "abcdef", "d": "abcdef"}
+    negatives = write_run_negatives(qrels, ranked, tmp_path, depth=[1, 200])
+    assert negatives == {"2": list("bdef"), "1": list("acdef"),
+                         "d": list("bcef")}  # passage "d" has the id of its query
 
 
 def test_negatives_come_from_the_ranks_between_and_are_a_sample(tmp_path):
-    flags = {"depth": [3, 8], "sample": 4}
-    first = write_run_negatives({"1": {"a": 1}}, {"1": "abcdefghij"}, tmp_path, **flags)["1"]
+    def sample(**flags):
+        flags |= {"depth": [3, 8], "sample": 4}
+        return write_run_negatives({"1": {"a": 1}}, {"1": "abcdefghij"}, tmp_path, **flags)["1"]
+
+    first = sample()
     assert len(set(first)) == 4 and set(first) <= set("cdefgh")
-    assert write_run_negatives({"1": {"a": 1}}, {"1": "abcdefghij"}, tmp_path, **flags)["1"] == first
-    others = {tuple(write_run_negatives({"1": {"a": 1}}, {"1": "abcdefghij"}, tmp_path, seed=seed, **flags)["1"]) for seed in range(9)}
-    assert len(others) > 3
+    assert sample() == first
+    assert len({tuple(sample(seed=seed)) for seed in range(9)}) > 3
 
 
 def test_likely_positives_are_dropped(tmp_path):
-    """The positive b scores 9, so from 0.75 of it, 6.75, on a passage is left out; without b, from 1 x 0.75 on."""
-    negatives = write_run_negatives({"1": {"b": 1}}, {"1": "abcdefghij"}, tmp_path, depth=[1, 10], max_positive_ratio=0.75)
+    """The positive b scores 9: from 0.75 of it, 6.75, on a passage is left out; without b, from 0.75 on."""
+    flags = {"depth": [1, 10], "max_positive_ratio": 0.75}
+    negatives = write_run_negatives({"1": {"b": 1}}, {"1": "abcdefghij"}, tmp_path, **flags)
     assert negatives["1"] == list("efghij")
 
 
-# ----------------------------------------------------------------------------------------- bad retrieval input
+# ---------------------------------------------------------------------------------------- bad retrieval input
 
 
 def spoil(name, change):
@@ -1497,16 +1603,26 @@ def spoil(name, change):
     return apply
 
 
+def add(name, text):
+    """Add to the end of a file of a task."""
+    return spoil(name, lambda before: before + text)
+
+
+def repeat(name):
+    """Repeat line 5 of a file of a task at its end."""
+    return spoil(name, lambda text: text + text.splitlines()[4] + "\n")
+
+
 BAD_TASKS = {  # what spoils the task, flags, what the message must say
     "split": (None, "--split dev", "qrels of dev; its qrels are qrels/test.tsv qrels/train.tsv"),
-    "unknown ids": (spoil("qrels/test.tsv", lambda text: text + "q1\tnothing\t1\nq2\tnobody\t1\n"), "", "2 unknown ids: 'nothing'"),
-    "duplicate passage": (spoil("corpus.jsonl", lambda text: text + text.splitlines()[4] + "\n"), "", "'d4' stands there twice"),
-    "duplicate query": (spoil("queries.jsonl", lambda text: text + text.splitlines()[4] + "\n"), "", "queries.jsonl, line 71"),
-    "malformed passage": (spoil("corpus.jsonl", lambda text: text + "{"), "", "corpus.jsonl, line 71"),
-    "passage without id": (spoil("corpus.jsonl", lambda text: text + '{"text": "ba"}'), "", "corpus.jsonl, line 71"),
-    "text is a number": (spoil("corpus.jsonl", lambda text: text + '{"_id": "a", "text": 7}'), "", "corpus.jsonl, line 71"),
-    "malformed query": (spoil("queries.jsonl", lambda text: text + "[1]\n"), "", "queries.jsonl, line 71"),
-    "grade": (spoil("qrels/test.tsv", lambda text: text + "q1\td1\tgood\n"), "", "test.tsv, line 32"),
+    "unknown ids": (add("qrels/test.tsv", "q1\tnothing\t1\nq2\tnobody\t1\n"), "", "2 unknown ids: 'nothing'"),
+    "duplicate passage": (repeat("corpus.jsonl"), "", "'d4' stands there twice"),
+    "duplicate query": (repeat("queries.jsonl"), "", "queries.jsonl, line 71"),
+    "malformed passage": (add("corpus.jsonl", "{"), "", "corpus.jsonl, line 71"),
+    "passage without id": (add("corpus.jsonl", '{"text": "ba"}'), "", "corpus.jsonl, line 71"),
+    "text is a number": (add("corpus.jsonl", '{"_id": "a", "text": 7}'), "", "corpus.jsonl, line 71"),
+    "malformed query": (add("queries.jsonl", "[1]\n"), "", "queries.jsonl, line 71"),
+    "grade": (add("qrels/test.tsv", "q1\td1\tgood\n"), "", "test.tsv, line 32"),
     "empty corpus": (spoil("corpus.jsonl", lambda text: ""), "", "corpus.jsonl"),
     "no hub": (None, "--data nobody/nothing", "nobody/nothing"),
     "no model": (None, "--model nowhere", "--model nowhere"),
@@ -1517,6 +1633,17 @@ BAD_TASKS = {  # what spoils the task, flags, what the message must say
     "depth": (None, "--depth 5 2", "--depth"),
     "batch": (None, "--batch_size 9 --micro_batch_size 4", "--batch_size 9 is not a multiple"),
     "temperature": (None, "--temperature 0", "--temperature 0"),
+}
+BAD_COMMANDS = {  # what the message must say
+    "evalute": "evalute: the commands are",
+    "evaluate ba": "after 'ba' come flags",
+    "explain": "or one text in quotation marks",
+    "evaluate --compare nothing.trec": "nothing.trec, line 0",
+    "search ba": "has no index",
+    "finetune --batch_size 64": "above the 40 training queries",
+    "finetune --negatives_file unknown.jsonl": "unknown.jsonl, line 1",
+    "finetune --negatives_file gone.jsonl": "gone.jsonl, line 1",
+    "finetune --train_data bad.jsonl": "bad.jsonl, line 2",
 }
 
 
@@ -1530,28 +1657,25 @@ def test_a_bad_task_gives_one_line(change, flags, message, beir, unfinetuned, wo
     assert message in error and not list(Path("out").glob("*.trec"))
 
 
-@pytest.mark.parametrize("words, message", [
-    (["evalute"], "evalute: the commands are"), (["evaluate", "ba"], "'ba' is no flag"),
-    (["search", "ba"], "has no index"), (["finetune", "--batch_size", 64], "above the 40 training queries"),
-    (["finetune", "--negatives_file", "unknown.jsonl"], "unknown.jsonl, line 1"),
-    (["finetune", "--negatives_file", "gone.jsonl"], "gone.jsonl, line 1"),
-    (["finetune", "--train_data", "bad.jsonl"], "bad.jsonl, line 2")])
-def test_a_bad_command_gives_one_line(words, message, beir, unfinetuned, workplace, capfd):
+@pytest.mark.parametrize("line, message", BAD_COMMANDS.items(), ids=BAD_COMMANDS)
+def test_a_bad_command_gives_one_line(line, message, beir, unfinetuned, workplace, capfd):
+    """The flags of a line stand after those that every command gets, and so override them."""
     Path("unknown.jsonl").write_text('{"query_id": "q69", "negatives": ["d1"]}\n')
     Path("gone.jsonl").write_text('{"query_id": "q1", "negatives": ["d999"]}\n')
     Path("bad.jsonl").write_text('{"query": "ba", "positive_passages": [{"text": "ke"}]}\n{"query": "ba"}\n')
-    flags = ["--model", unfinetuned, "--data", beir, "--output", "out", "--batch_size", 8, "--micro_batch_size", 8]
-    error, _ = error_of(capfd, *words[:1], *[word for word in words[1:] if not str(word).startswith("-")][: words[0] in ("search", "evaluate")],
-                        *flags, *(words[1:] if words[0] == "finetune" else []), script=eval_retrieval)
+    words, dashes, flags = line.partition("--")
+    common = ["--model", unfinetuned, "--data", beir, "--output", "out",
+              "--batch_size", 8, "--micro_batch_size", 8]
+    error, _ = error_of(capfd, *words.split(), *common, *(dashes + flags).split(), script=eval_retrieval)
     assert message in error
 
 
 def test_search_refuses_the_index_of_another_model(evaluated, finetuned, beir, capfd):
     flags = "search", "ba", "--model", finetuned[1], "--data", beir, "--output", evaluated
-    assert "another model (dimension 128)" in error_of(capfd, *flags, script=eval_retrieval)[0]
+    assert "of another --model (dimension 128" in error_of(capfd, *flags, script=eval_retrieval)[0]
 
 
-# ------------------------------------------------------------------------------------------ the whole recipe
+# ------------------------------------------------------------------------------------------- the whole recipe
 
 
 def test_the_recipe_prints_a_table_of_its_stages(unfinetuned, beir, tmp_path, capfd):
@@ -1564,8 +1688,9 @@ def test_the_recipe_prints_a_table_of_its_stages(unfinetuned, beir, tmp_path, ca
     for line, (name, values) in zip(lines, table.items()):
         assert line.split()[:2] == [name, f"{values['MRR@10']:.4f}"]
     stages = [json.loads((tmp_path / f"out/{name}/run.json").read_text())["config"]["model"]
-              for name in ("stage1/mined", "stage1/model", "stage2/mined", "stage2/model")]
-    assert stages == [str(unfinetuned), str(unfinetuned), str(tmp_path / "out/stage1/model"), str(unfinetuned)]
+              for name in ("zero_shot", "stage1/model", "stage1/test", "stage2/model")]
+    start, stage1 = str(unfinetuned), str(tmp_path / "out/stage1/model")
+    assert stages == [start, start, stage1, start]
 
 
 def test_fine_tuning_teaches_to_find(unfinetuned, tmp_path):
@@ -1582,5 +1707,6 @@ def test_fine_tuning_teaches_to_find(unfinetuned, tmp_path):
               "--epochs", 20, "--lr", 1e-3, "--negatives", 0)
     retrieval("evaluate", "--model", tmp_path / "model", *flags, "--output", tmp_path / "after")
     retrieval("evaluate", "--model", unfinetuned, *flags, "--output", tmp_path / "zero_shot")
-    before, after = (json.loads((tmp_path / name / "metrics.json").read_text())["MRR@10"] for name in ("zero_shot", "after"))
+    before, after = (json.loads((tmp_path / name / "metrics.json").read_text())["MRR@10"]
+                     for name in ("zero_shot", "after"))
     assert after > before + 0.1
