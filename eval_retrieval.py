@@ -199,13 +199,13 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
         queries = {f"query:{name}": query for name, query in chosen}
         qrels = {f"query:{name}": {name: 1} for name, _ in chosen}
     elif folder.is_dir():
-        corpus, judged = find_file(folder, "corpus.jsonl", "collection.tsv"), find_file(
-            folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
+        corpus = find_file(folder, "corpus.jsonl", "collection.tsv")
+        judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
         asked = find_file(folder, f"queries.{split}.tsv", "queries.jsonl", "queries.tsv")
         queries, answers = read_queries(asked) if asked else ({}, {})
         if not corpus or not queries or not judged and not answers:
-            there = " ".join(str(path.relative_to(folder)) for path in sorted(folder.rglob("*qrels*/*.tsv*")))
-            there += " ".join(path.name for path in sorted(folder.glob("qrels*.tsv*")))
+            names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.tsv*"))
+            there = " ".join(name for name in names if name.startswith("qrels"))
             missing = "corpus.jsonl" if not corpus else "queries" if not queries else f"qrels of {split}"
             raise UserError(f"--data {folder} has no {missing}; its qrels are {there or 'none'}")
         qrels = read_qrels(judged) if judged else {name: {} for name in answers}
@@ -223,11 +223,10 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
 def check_task(config, passages, queries: dict, qrels: dict, answers: dict, same_ids: bool) -> Task:
     """A task of the queries that are judged; UserError where an id is unknown or there twice."""
     ids = list(map(str, passages["_id"]))
-    rows = dict(zip(ids, range(len(ids))))
-    if not ids or len(rows) < len(ids):
-        twice = next((name for name, count in Counter(ids).items() if count > 1), None)
-        raise UserError(f"--data {config.data}: passage id {twice!r} stands there twice" if ids else
-                        f"--data {config.data} has no passage")
+    rows = {name: row for row, name in enumerate(ids)}
+    if len(rows) < len(ids):
+        twice = next(name for row, name in enumerate(ids) if rows[name] != row)
+        raise UserError(f"--data {config.data}: passage id {twice!r} stands there twice")
     unknown = [name for name in qrels if name not in queries]
     unknown += [name for judged in qrels.values() for name in judged if name not in rows]
     if unknown:
@@ -344,14 +343,14 @@ def encode_passages(config: RetrievalConfig, task: Task, encoder: Encoder) -> li
 # ---- search
 
 def build_index(config: RetrievalConfig, task: Task, files: list[Path], encoder: Encoder):
-    """The faiss index of this process's passages, saved under output/index; None without a passage."""
+    """The faiss index of this process's passages, saved under output/index unless it has none."""
     faiss.omp_set_num_threads(torch.get_num_threads())
-    path = Path(config.output, "index", f"{dist.get_rank():05}.faiss")
+    path, width = Path(config.output, "index", f"{dist.get_rank():05}.faiss"), encoder.lm.config.hidden_size
     together(shutil.rmtree, path.parent, True, first=True)  # of another number of processes
     if not files:
-        return None
+        return faiss.IndexFlatIP(width)
     with blame(f"--index {config.index} or --output {path}"):
-        index = faiss.index_factory(encoder.lm.config.hidden_size, config.index, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(width, config.index, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:  # on up to 100,000 vectors, evenly spaced
             step = -(-len(files) * CHUNK // 100_000)
             index.train(np.concatenate([np.load(file, mmap_mode="r")[::step] for file in files]))
@@ -366,8 +365,6 @@ def build_index(config: RetrievalConfig, task: Task, files: list[Path], encoder:
 
 def search_index(index, vectors: np.ndarray, k: int, first_row: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best passages of an index for each vector: scores and rows (Q, k), -1 where there are no more."""
-    if index is None:
-        return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1)
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:  # a sixteenth of the lists, against the one that faiss reads by default
         inverted.nprobe = max(1, inverted.nlist // 16)
@@ -383,7 +380,7 @@ def retrieve(config: RetrievalConfig, task: Task, device: torch.device, k: int):
     """Scores and rows (Q, k) of the best passages and the seconds of the search, for the first process."""
     queries = list(task.queries.values())
     if config.model == "bm25":
-        return together(bm25, task.texts(range(len(task.passages))), queries, k, first=True)
+        return together(lambda: bm25(task.texts(range(len(task.passages))), queries, k), first=True)
     encoder = together(Encoder, config, device)
     files = together(encode_passages, config, task, encoder)
     index = together(build_index, config, task, files, encoder)
@@ -497,7 +494,7 @@ def judged_examples(config: RetrievalConfig, task: Task) -> list[dict]:
     """The training queries with the rows of their relevant passages and of their mined negatives, if any."""
     path, negatives, examples = config.negatives_file, {}, []
     for number, record in read_records(Path(path)) if path else []:
-        query_id, names = record.get("query_id"), record.get("negatives")
+        query_id, names = str(record.get("query_id")), record.get("negatives")
         known = query_id in task.queries and isinstance(names, list)
         if not known or not task.rows.keys() >= {*map(str, names)}:
             raise UserError(f"--negatives_file {path}, line {number}: query {query_id!r} is not in "
