@@ -554,7 +554,7 @@ class FinetuningSteps(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.config.seed, epoch, i])
         positive, pool = rng.integers(len(example["positives"])), example["negatives"]
         if not len(pool):  # a positive of another query
-            other = i + 1 + int(rng.integers(len(self.examples) - 1))
+            other = i + 1 + int(rng.integers(max(len(self.examples) - 1, 1)))
             pool = self.examples[other % len(self.examples)]["positives"]
         picks = rng.choice(len(pool), count, replace=len(pool) < count)
         passages = [example["positives"][positive], *(pool[pick] for pick in picks)]
