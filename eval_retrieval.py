@@ -536,17 +536,14 @@ class FinetuningSteps(torch.utils.data.Dataset):
         for first in self.mine:
             queries, passages, scores = zip(*(self.draw(int(i), epoch)
                                               for i in chosen[first : first + config.micro_batch_size]))
-            batch = {"seed": hash((config.seed, step, first))}  # of integers: the same in every process
-            batch["queries"] = self.tokenize(queries, config.max_query_length)
-            batch["passages"] = self.tokenize(sum(passages, []), config.max_passage_length)
-            batch["teacher"] = torch.tensor(np.array(scores, np.float32))              # NaN where None
+            batch = {"seed": hash((config.seed, step, first)),  # of integers: the same in every process
+                     "teacher": torch.tensor(np.array(scores, np.float32))}            # NaN where None
+            for side, texts, length in (("queries", list(queries), config.max_query_length),
+                                        ("passages", sum(passages, []), config.max_passage_length)):
+                batch[side] = self.tokenizer(texts, truncation=True, max_length=length, padding=True,
+                                             return_tensors="pt")                      # (N, L)
             batches.append(batch)
         return batches
-
-    def tokenize(self, texts: list[str], max_length: int):
-        """input_ids and attention_mask (N, L) of texts."""
-        return self.tokenizer(list(texts), truncation=True, max_length=max_length, padding=True,
-                              return_token_type_ids=False, return_tensors="pt")
 
     def draw(self, i: int, epoch: int) -> tuple[str, list[str], list]:
         """A query, one of its positives and --negatives of its negatives, drawn each epoch; their scores."""
@@ -604,9 +601,8 @@ def gather(rows):
 def load_examples(config: RetrievalConfig):
     """The training examples and, unless --train_data has their texts, the task whose passages they name."""
     if config.train_data:
-        path = Path(config.train_data)
         text, number = datasets.Value("string"), datasets.Value("float32")
-        examples, task = cached(read_examples, path, datasets.Features({
+        examples, task = cached(read_examples, Path(config.train_data), datasets.Features({
             "query": text, "positives": [text], "positives_scores": [number],
             "negatives": [text], "negatives_scores": [number]})), None
     else:
@@ -718,15 +714,14 @@ def report(config: RetrievalConfig, task: Task, found, other: dict | None = None
         with (output / "run.trec").open("w") as file:
             file.writelines(f"{query_id} Q0 {name} {rank} {hits[name]!r} {Path(config.model).name}\n"
                             for query_id, hits in run.items() for rank, name in enumerate(hits, 1))
-        with (output / "qrels.trec").open("w") as file:
-            file.writelines(f"{query_id} 0 {name} {grade}\n"
-                            for query_id, judged in task.qrels.items() for name, grade in judged.items())
-        with (output / "per_query.jsonl").open("w") as file:
-            for name in results | answered:
-                values = results.get(name, {}) | answered.get(name, {})
-                file.write(json.dumps({"query_id": name} | values) + "\n")
+        (output / "qrels.trec").write_text("".join(
+            f"{query_id} 0 {name} {grade}\n" for query_id in task.qrels
+            for name, grade in task.qrels[query_id].items()))
+        (output / "per_query.jsonl").write_text("".join(
+            json.dumps({"query_id": name} | results.get(name, {}) | answered.get(name, {})) + "\n"
+            for name in results | answered))
         bow_mae.write_json(output / "metrics.json", means)
-    print_table({config.model: means}, [*means])
+    print_table({name: {config.model[-12:]: value} for name, value in means.items()}, [config.model[-12:]])
     if other is not None:
         compare(config, results, evaluate_run(other, task.qrels, config.relevance_level, keep))
     return means

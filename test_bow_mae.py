@@ -1265,7 +1265,7 @@ def test_an_evaluation_is_that_of_a_loop_over_sentences(evaluated, unfinetuned, 
             tokens = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
             return lm.base_model(**tokens).last_hidden_state[0, 0]
     task = load(beir)
-    passages = torch.stack([encode(text, 64) for text in task.texts(range(70))])
+    passages = torch.stack([encode(text, 32) for text in task.texts(range(70))])
     run = {query_id: dict(zip(task.rows, (passages @ encode(text, 32)).tolist()))
            for query_id, text in task.queries.items()}
     found = eval_retrieval.read_run(evaluated / "run.trec")
@@ -1353,8 +1353,8 @@ def test_finished_vectors_are_used_again_and_others_refused(
     path = output / "vectors/0000000016.json"
     path.write_text('{"key": "that of another model"}')
     assert "another model" in error_of(capfd, *flags, script=eval_retrieval)[0]
-    error, _ = error_of(capfd, *flags, "--max_passage_length", 32, script=eval_retrieval)
-    assert "--max_passage_length 64, not 32" in error
+    error, _ = error_of(capfd, *flags, "--max_passage_length", 16, script=eval_retrieval)
+    assert "--max_passage_length 32, not 16" in error
 
 
 def test_compare_finds_no_difference_from_itself_and_one_from_bm25(
