@@ -701,9 +701,9 @@ def find_checkpoint(config) -> str | None:
     output, checkpoints, earlier = Path(config.output), list_checkpoints(config.output), {}
     with blame(f"--output {output} cannot be used"):
         output.mkdir(parents=True, exist_ok=True)
-        if (output / "run.json").exists():
+        used = {path.name for path in output.iterdir() if path.suffix != ".tmp"} - {"run.json"}
+        if used and (output / "run.json").exists():
             earlier[output] = json.loads((output / "run.json").read_text())["config"]
-        used = any(path.suffix != ".tmp" for path in output.iterdir())
         if used and (not earlier or config.resume == "never"):
             raise UserError(f"--output {output} holds {'a run' if earlier else 'other files'}: give another")
     begun = checkpoints and earlier.get(output, {}).get("resume") == config.resume

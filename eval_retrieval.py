@@ -66,7 +66,7 @@ class RetrievalConfig:
     depth: list[int] = HfArg(default_factory=lambda: [2, 200], help="first and last rank to mine")
     sample: int = HfArg(default=128, help="negatives to draw of these ranks for each query")
     max_positive_ratio: float = HfArg(default=0.0, help="drop those above this share of the positive's score")
-    negatives_file: str = HfArg(default="", help="what `mine` wrote; without it passages drawn at random")
+    negatives_file: str = HfArg(default="", help="what `mine` wrote; else others' relevant passages")
     negatives: int = HfArg(default=1, help="hard negatives of a query in a batch")
     temperature: float = HfArg(default=1.0, help="that scores are divided by in the loss")
     epochs: int = HfArg(default=2, help="passes over the training queries")
@@ -132,7 +132,7 @@ def read_records(path: Path, columns: str = ""):
                         raise ValueError("a record must be an object {...}")
                     yield number, record
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}, line {number}: {error}") from error
+        raise UserError(f"{path}{f', line {number}' if number else ''}: {error}") from error
 
 def find_file(folder: Path, *names: str) -> Path | None:
     """The first of these files that is there, as it is or with .gz."""
@@ -265,8 +265,8 @@ def bm25(texts: list[str], queries: list[str], k: int) -> tuple[np.ndarray, np.n
             if (number := words.get(word)) is not None:
                 at = slice(ends[number] - frequency[number], ends[number])
                 total[rows[at]] += count * weights[at]
-        top = np.argsort(-total, kind="stable")[:k]
-        top = top[total[top] > 0]
+        matched = np.flatnonzero(total)
+        top = matched[np.argsort(-total[matched], kind="stable")[:k]]
         scores[i, : len(top)], best[i, : len(top)] = total[top], top
     return scores, best, time.perf_counter() - began
 
@@ -665,8 +665,8 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
 def mine(config: RetrievalConfig, device: torch.device) -> None:
     """Write output/negatives.jsonl: for each training query, passages not relevant, of ranks --depth."""
     together(bow_mae.find_checkpoint, config, first=True)
-    together(bow_mae.write_run, config, device, first=True)
     task = together(load_task, config, config.train_split, first=True)
+    together(bow_mae.write_run, config, device, first=True)
     found = retrieve(config, task, device, config.depth[1] + 1)
     together(write_negatives, config, task, found, first=True)
 
@@ -696,9 +696,9 @@ def write_negatives(config: RetrievalConfig, task: Task, found) -> None:
 def evaluate(config: RetrievalConfig, device: torch.device) -> dict | None:
     """Retrieve for the queries of --split and write the metrics; returns their means, on the first."""
     together(bow_mae.find_checkpoint, config, first=True)
-    together(bow_mae.write_run, config, device, first=True)
     task = together(load_task, config, config.split, first=True)
     other = together(read_run, config.compare, first=True) if config.compare else None
+    together(bow_mae.write_run, config, device, first=True)
     found = retrieve(config, task, device, config.top_k + 17)  # some more, for ties and identical ids
     return together(report, config, task, found, other, first=True)
 
@@ -758,9 +758,11 @@ def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
     for path in sorted(Path(config.output, "index").glob("*.faiss")):
         with blame(f"--output {path} cannot be read; run `evaluate` again"):
             saved, index = json.loads(path.with_suffix(".json").read_text()), faiss.read_index(str(path))
-        if saved["key"] != encoder.key or (saved["data"], saved["rows"]) != (config.data, len(task.passages)):
+        if (saved["data"], saved["rows"]) != (config.data, len(task.passages)):
+            raise UserError(f"--output {path} is of --data {saved['data']}, {saved['rows']} passages")
+        if saved["key"] != encoder.key:
             raise UserError(f"--output {path} is the index of another --model (dimension {index.d}, here "
-                            f"{encoder.lm.config.hidden_size}), --data or flag")
+                            f"{encoder.lm.config.hidden_size}), length, similarity or precision")
         found.append((index, saved["first_row"]))
     if not found:
         raise UserError(f"--output {config.output} has no index: run `evaluate` with these flags first")
@@ -811,8 +813,10 @@ def main(argv: list[str] | None = None) -> None:
     def _parse():
         if words and words[0] not in COMMANDS:
             raise UserError(f"{words[0]}: the commands are {' '.join(COMMANDS)}, or none for all")
-        if len(words) > 1 + (words[:1] in (["search"], ["explain"])) or words == ["explain"]:
-            raise UserError(f"after {words[-1]!r} come flags, or one text in quotation marks")
+        if len(words) > 1 + (words[:1] in (["search"], ["explain"])):
+            raise UserError(f"{words[-1]!r} is no flag; a text to search or explain needs quotation marks")
+        if words[:1] == ["explain"] and not "".join(words[1:]).strip():
+            raise UserError("explain needs a text, in quotation marks")
         return bow_mae.parse_config(argv[len(words) :], RetrievalConfig)
 
     with bow_mae.process_group() as device:

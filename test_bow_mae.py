@@ -1636,9 +1636,9 @@ BAD_TASKS = {  # what spoils the task, flags, what the message must say
 }
 BAD_COMMANDS = {  # what the message must say
     "evalute": "evalute: the commands are",
-    "evaluate ba": "after 'ba' come flags",
-    "explain": "or one text in quotation marks",
-    "evaluate --compare nothing.trec": "nothing.trec, line 0",
+    "evaluate ba": "'ba' is no flag",
+    "explain": "explain needs a text",
+    "evaluate --compare nothing.trec": "nothing.trec: [Errno 2] No such file",
     "search ba": "has no index",
     "finetune --batch_size 64": "above the 40 training queries",
     "finetune --negatives_file unknown.jsonl": "unknown.jsonl, line 1",
@@ -1668,6 +1668,13 @@ def test_a_bad_command_gives_one_line(line, message, beir, unfinetuned, workplac
               "--batch_size", 8, "--micro_batch_size", 8]
     error, _ = error_of(capfd, *words.split(), *common, *(dashes + flags).split(), script=eval_retrieval)
     assert message in error
+
+
+def test_a_command_with_a_mended_flag_starts_in_the_same_folder(beir, workplace, capfd):
+    flags = "evaluate", "--data", beir, "--output", "out", "--model"
+    error_of(capfd, *flags, "nowhere", script=eval_retrieval)
+    retrieval(*flags, "bm25")
+    assert Path("out/metrics.json").exists()
 
 
 def test_search_refuses_the_index_of_another_model(evaluated, finetuned, beir, capfd):
