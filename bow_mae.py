@@ -956,8 +956,9 @@ def train(config: Config, device: torch.device) -> None:
     if dist.get_rank() == 0:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = "
-              f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} steps "
-              f"of up to {config.batch_size * config.max_length:,} tokens | {device} {dtype}", flush=True)
+              f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
+              f"steps of up to {config.batch_size * config.max_length:,} tokens | {device}, {dtype}",
+              flush=True)
     if held_out and not evaluations:
         together(_evaluate, state["step"], first=True)
     run_steps(config, device, state["step"], _step, _save, _evaluate if held_out else None)

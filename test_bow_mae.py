@@ -1145,7 +1145,8 @@ def test_queries_with_answers_need_no_qrels(beir, unfinetuned, tmp_path):
     shutil.copytree(beir, tmp_path / "task")
     shutil.rmtree(tmp_path / "task/qrels")
     text = PASSAGES[40]["text"]
-    queries = [{"_id": name, "text": text, "answers": [answer]} for name, answer in (("q", text), ("p", "no"))]
+    queries = [{"_id": name, "text": text, "answers": [answer]}
+               for name, answer in (("q", text), ("p", "no"))]
     (tmp_path / "task/queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
     flags = "--model", unfinetuned, "--data", tmp_path / "task", "--output", tmp_path / "out"
     retrieval("evaluate", *flags)
