@@ -1507,7 +1507,7 @@ def test_two_processes_give_the_losses_and_the_gradient_of_one(finetuned, tmp_pa
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
 
 
-def test_a_killed_fine_tuning_goes_on_bit_for_bit(finetuned, tmp_path):
+def test_a_fine_tuning_goes_on_bit_for_bit_from_its_last_checkpoint(finetuned, tmp_path):
     flags, output = finetuned
     shutil.copytree(output, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/checkpoint-10")
