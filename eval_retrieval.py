@@ -118,14 +118,15 @@ class Task:
         return [f"{title or ''} {text or ''}".strip() for title, text in zip(some["title"], some["text"])]
 
 def read_records(path: Path, columns: str = ""):
-    """Yield (line number, record) of a .jsonl, or of a .tsv with these columns, either may end in .gz."""
+    """Yield (line number, record) of a .jsonl(.gz) or .tsv(.gz); without columns, a list of the fields."""
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 line = line.decode("utf-8-sig")
                 if ".jsonl" not in path.name:
-                    yield number, dict(zip(columns.split(), line.rstrip("\r\n").split("\t")))
+                    fields = line.rstrip("\r\n").split("\t" if columns or "\t" in line else None)
+                    yield number, dict(zip(columns.split(), fields)) if columns else fields
                 elif line.strip():
                     record = json.loads(line)
                     if not isinstance(record, dict):
@@ -142,11 +143,11 @@ def find_file(folder: Path, *names: str) -> Path | None:
 def read_passages(path: str, stamp: str):
     """Yield the passages of a corpus.jsonl or collection.tsv; the stamp is part of the key of their cache."""
     for number, record in read_records(Path(path), "_id text"):
-        values = [record.get("_id", record.get("id")), record.get("title") or "", record.get("text") or ""]
+        passage_id, texts = record.get("_id", record.get("id")), [record.get("title"), record.get("text")]
         torn = ".jsonl" not in path and "text" not in record
-        if values[0] is None or torn or not all(isinstance(value, str) for value in values[1:]):
+        if passage_id is None or torn or not all(isinstance(text, str | None) for text in texts):
             raise UserError(f"{path}, line {number}: a passage needs an _id and a text")
-        yield dict(zip(("_id", "title", "text"), map(str, values)))
+        yield {"_id": str(passage_id), "title": texts[0] or "", "text": texts[1] or ""}
 
 def read_queries(path: Path) -> tuple[dict, dict]:
     """Texts and answers (if any) by query id, of a queries.jsonl or queries.tsv."""
@@ -165,11 +166,10 @@ def read_queries(path: Path) -> tuple[dict, dict]:
 def read_qrels(path: Path) -> dict:
     """Grades by query and passage id; lines are query-id, (TREC's iteration,) passage-id, grade."""
     qrels = defaultdict(dict)
-    for number, record in read_records(path, "a b c d"):
-        fields = list(record.values()) if len(record) > 2 else " ".join(record.values()).split()
+    for number, fields in read_records(path):
         if number == 1 and fields[-1:] == ["score"] or not fields:
             continue
-        if len(fields) not in (3, 4) or not re.fullmatch(r"-?\d+", fields[-1].strip()):
+        if len(fields) not in (3, 4) or not re.fullmatch(r" *-?\d+ *", fields[-1]):
             raise UserError(f"{path}, line {number}: give query-id, passage-id and a whole number")
         qrels[fields[0]][fields[-2]] = int(fields[-1])
     return dict(qrels)
@@ -204,8 +204,8 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
         asked = find_file(folder, f"queries.{split}.tsv", "queries.jsonl", "queries.tsv")
         queries, answers = read_queries(asked) if asked else ({}, {})
         if not corpus or not queries or not judged and not answers:
-            names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.tsv*"))
-            there = " ".join(name for name in names if name.startswith("qrels"))
+            found = sorted([*folder.glob("qrels/*"), *folder.glob("qrels.*")])
+            there = " ".join(str(path.relative_to(folder)) for path in found)
             missing = "corpus.jsonl" if not corpus else "queries" if not queries else f"qrels of {split}"
             raise UserError(f"--data {folder} has no {missing}; its qrels are {there or 'none'}")
         qrels = read_qrels(judged) if judged else {name: {} for name in answers}
@@ -215,6 +215,8 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
             passages = datasets.load_dataset(config.data, "corpus", split="corpus")
             asked = datasets.load_dataset(config.data, "queries", split="queries")
             judged = datasets.load_dataset(f"{config.data}-qrels", split=split)
+        if "title" not in passages.column_names:
+            passages = passages.add_column("title", [""] * len(passages))
         queries, qrels = dict(zip(map(str, asked["_id"]), asked["text"])), defaultdict(dict)
         for query_id, passage_id, grade in zip(judged["query-id"], judged["corpus-id"], judged["score"]):
             qrels[str(query_id)][str(passage_id)] = int(grade)
@@ -387,7 +389,7 @@ def retrieve(config: RetrievalConfig, task: Task, device: torch.device, k: int):
     began, everyone = time.perf_counter(), [None] * dist.get_world_size()
     # in groups that do not depend on the number of processes, as padding changes the last bits of a vector
     starts = np.array_split(np.arange(0, len(queries), 256), len(everyone))[dist.get_rank()]
-    vectors = [encoder(queries[start : start + 256], config.max_query_length) for start in starts]
+    vectors = together(lambda: [encoder(queries[at : at + 256], config.max_query_length) for at in starts])
     dist.all_gather_object(everyone, vectors)
     found = search_index(index, np.concatenate(sum(everyone, [])), k, int(files[0].stem) if files else 0)
     gathered = [None] * len(everyone) if dist.get_rank() == 0 else None
@@ -474,8 +476,7 @@ def permutation_test(differences: np.ndarray, seed: int = 0, draws: int = 10_000
 def read_run(path: str) -> dict[str, dict[str, float]]:
     """A TREC run file, `qid Q0 docid rank score tag` a line."""
     run = defaultdict(dict)
-    for number, record in read_records(Path(path), "a b c d e f"):
-        fields = " ".join(record.values()).split()
+    for number, fields in read_records(Path(path)):
         with blame(f"{path}, line {number}: give qid Q0 docid rank score tag"):
             run[fields[0]][fields[2]] = float(fields[4])
     return dict(run)
@@ -758,11 +759,9 @@ def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
     for path in sorted(Path(config.output, "index").glob("*.faiss")):
         with blame(f"--output {path} cannot be read; run `evaluate` again"):
             saved, index = json.loads(path.with_suffix(".json").read_text()), faiss.read_index(str(path))
-        if (saved["data"], saved["rows"]) != (config.data, len(task.passages)):
-            raise UserError(f"--output {path} is of --data {saved['data']}, {saved['rows']} passages")
-        if saved["key"] != encoder.key:
-            raise UserError(f"--output {path} is the index of another --model (dimension {index.d}, here "
-                            f"{encoder.lm.config.hidden_size}), length, similarity or precision")
+        if (saved["key"], saved["data"], saved["rows"]) != (encoder.key, config.data, len(task.passages)):
+            raise UserError(f"--output {path} (--data {saved['data']}, {saved['rows']} passages, dimension "
+                            f"{index.d}) is of other data or passages, or of another --model or its flags")
         found.append((index, saved["first_row"]))
     if not found:
         raise UserError(f"--output {config.output} has no index: run `evaluate` with these flags first")

@@ -113,10 +113,10 @@ def run(*flags, processes=1, code=None, **options):
     return subprocess.run([*start, *map(str, flags)], capture_output=True, text=True, timeout=200, **options)
 
 
-def run_with_signal(number, event, name, count, *flags):
-    """A run of SMALL that gets a signal the count-th time that it opens, or renames, a file of this name."""
+def run_with_signal(number, event, name, count, *flags, script="bow_mae"):
+    """A run that gets a signal the count-th time that it opens, or renames, a file of this name."""
     code = """if True:
-        import os, sys, bow_mae
+        import importlib, os, sys
         number, event, name, count = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
         def hook(what, args):
             global count
@@ -125,9 +125,10 @@ def run_with_signal(number, event, name, count, *flags):
                 if count == 0:
                     os.kill(os.getpid(), number)
         sys.addaudithook(hook)
-        bow_mae.main(sys.argv[5:])
+        importlib.import_module(sys.argv[5]).main(sys.argv[6:])
         """
-    return run(number.value, event, name, count, *SMALL, *flags, code=code)
+    return run(number.value, event, name, count, script, *(SMALL if script == "bow_mae" else []), *flags,
+               code=code)
 
 
 def records(output, field):
@@ -1189,8 +1190,10 @@ def test_titles_and_texts_may_be_null_or_missing(beir, tmp_path):
     assert task.texts([0, 1, 2]) == ["ba", "ke", ""] and task.qrels == {"q40": {"d40": 1}, "q41": {"7": 2}}
 
 
-def test_hub_names_are_loaded_as_those_of_beir(monkeypatch):
-    tables = {("BeIR/x", "corpus", "corpus"): {"_id": ["1"], "title": ["ba"], "text": ["ke"]},
+@pytest.mark.parametrize("passage, text", [
+    ({"title": ["ba"], "text": ["ke"]}, "ba ke"), ({"text": ["ke"]}, "ke")])
+def test_hub_names_are_loaded_as_those_of_beir(passage, text, monkeypatch):
+    tables = {("BeIR/x", "corpus", "corpus"): {"_id": ["1"]} | passage,
               ("BeIR/x", "queries", "queries"): {"_id": ["2"], "title": [""], "text": ["di"]},
               ("BeIR/x-qrels", None, "test"): {"query-id": [2], "corpus-id": [1], "score": [1]}}
 
@@ -1199,7 +1202,7 @@ def test_hub_names_are_loaded_as_those_of_beir(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = load("BeIR/x")
-    assert (task.texts([0]), task.queries, task.qrels) == (["ba ke"], {"2": "di"}, {"2": {"1": 1}})
+    assert (task.texts([0]), task.queries, task.qrels) == ([text], {"2": "di"}, {"2": {"1": 1}})
 
 
 def test_python_docs_splits_share_no_query_and_ids_differ_from_those_of_passages(monkeypatch):
@@ -1507,12 +1510,16 @@ def test_two_processes_give_the_losses_and_the_gradient_of_one(finetuned, tmp_pa
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
 
 
-def test_a_fine_tuning_goes_on_bit_for_bit_from_its_last_checkpoint(finetuned, tmp_path):
+def test_a_killed_fine_tuning_goes_on_bit_for_bit(finetuned, tmp_path):
+    """SIGKILL between checkpoints, while one is written, and while the trained model takes its place."""
     flags, output = finetuned
-    shutil.copytree(output, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out/checkpoint-10")
-    (tmp_path / "out/model.safetensors").unlink()
-    retrieval(*flags, "--output", tmp_path / "out", "--save_every", 3)  # a killed run has no later checkpoint
+    for event, name, count in [("open", "metrics.jsonl", 8), ("open", ".saving/trainer_state", 1),
+                               ("shutil.copyfile", "model.safetensors", 1)]:
+        ended = run_with_signal(signal.SIGKILL, event, name, count, *flags, "--output", tmp_path / "out",
+                                script="eval_retrieval")
+        assert ended.returncode == -signal.SIGKILL, (event, name, ended.stderr)
+        assert not (tmp_path / "out/model.safetensors").exists()
+    retrieval(*flags, "--output", tmp_path / "out")
     assert same_weights(tmp_path / "out", output)
     one, other = (records(folder, "loss") for folder in (tmp_path / "out", output))
     assert [row["loss"] for row in one] == [row["loss"] for row in other]
@@ -1680,7 +1687,8 @@ def test_a_command_with_a_mended_flag_starts_in_the_same_folder(beir, workplace,
 
 def test_search_refuses_the_index_of_another_model(evaluated, finetuned, beir, capfd):
     flags = "search", "ba", "--model", finetuned[1], "--data", beir, "--output", evaluated
-    assert "of another --model (dimension 128" in error_of(capfd, *flags, script=eval_retrieval)[0]
+    error = error_of(capfd, *flags, script=eval_retrieval)[0]
+    assert "dimension 128) is of other data or passages, or of another --model" in error
 
 
 # ------------------------------------------------------------------------------------------- the whole recipe
