@@ -269,7 +269,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
 
     What a part yields depends on (data, seed, step) alone, not on the process that reads it. Each batch has
     the position from which its part goes on: epoch, block of texts, batches done in it, and the state of
-    `datasets` at its start. A UserError is yielded, so that it comes out of a loader process unchanged.
+    `datasets` at its start.
     """
 
     def __init__(self, config: Config, tokenizer, parts: list[int], positions: dict[int, tuple], step: int):
@@ -282,12 +282,9 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         if worker:
             leave_signals()
             parts = parts[worker.id :: worker.num_workers]
-        try:
-            source, files = open_stream(self.config)
-            for batches in zip(*(self.read_part(part, source, files) for part in parts)):
-                yield from batches
-        except UserError as error:
-            yield error
+        source, files = open_stream(self.config)
+        for batches in zip(*(self.read_part(part, source, files) for part in parts)):
+            yield from batches
 
     def read_part(self, part: int, source: datasets.IterableDataset, files: list[Path]):
         """Yield the batches of a part from its position on."""
@@ -623,8 +620,8 @@ def agree(error: Exception | None = None, numbers=()) -> list[float]:
     dist.all_gather(rows, mine)
     failed = [rank for rank, row in enumerate(rows) if row[0]]
     if failed:
-        if dist.get_rank() == failed[0]:
-            tqdm.write(f"error: {error}", file=sys.stderr)
+        if dist.get_rank() == failed[0]:  # what a loader process raises comes with its traceback before it
+            tqdm.write(f"error: {str(error).split('UserError: ')[-1].strip()}", file=sys.stderr)
         dist.all_reduce(mine)  # wait until it is out: at the first exit torchrun ends the other processes
         sys.exit(2)
     return sum(rows)[1:].tolist()
@@ -737,7 +734,6 @@ def write_run(config, device: torch.device) -> None:
 
 # ---- evaluation and logs
 
-LOSSES = ("mlm_loss", "bow_loss", "enhanced_loss")
 EVALUATED = ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage")
 
 def held_out_batches(config: Config, tokenizer, tables) -> list[BatchEncoding]:
@@ -862,14 +858,13 @@ def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, we
     return dict(zip(["loss", *losses], total)) | {"grad_norm": update(ddp, optimizer, scaler, lr)}
 
 def start_loader(config: Config, tokenizer, positions: dict, step: int, device):
-    """This process's micro-batches without end, and the held-out ones; data that is bad at once ends all."""
+    """This process's micro-batches without end, the first of them read, and the held-out ones."""
     share = config.parts // dist.get_world_size()
     parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     stream = PretrainingStream(config, tokenizer, parts, positions.copy(), step + 1)
     loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=device.type == "cuda",
                                               num_workers=config.workers and math.gcd(config.workers, share)))
-    head = list(islice(loader, share))
-    agree(next((item for item in head if isinstance(item, UserError)), None))
+    head = together(list, islice(loader, share))
     return chain(head, loader), together(held_out_batches, config, tokenizer, stream.tables, first=True)
 
 def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None:
@@ -929,14 +924,14 @@ def train(config: Config, device: torch.device) -> None:
 
     def _step(step, signals):
         began = time.perf_counter()
-        batches = list(islice(loader, config.parts // world_size))
+        batches = together(list, islice(loader, config.parts // world_size))
         waited = time.perf_counter() - began
-        error = next((item for item in batches if isinstance(item, UserError)), None)
-        counts = [[batch["tokens"], batch["input_ids"].numel(), *batch["terms"].values()]
-                  for batch in batches if not error]
-        signals, tokens, places, *terms = agree(error, [signals, *np.sum([[0] * 5, *counts], axis=0)])
+        counts = np.sum([[batch["tokens"], batch["input_ids"].numel(), *batch["terms"].values()]
+                         for batch in batches], axis=0)
+        signals, tokens, places, *terms = agree(numbers=[signals, *counts])
+        terms = dict(zip(batches[0]["terms"], terms))
         positions.update({batch["part"]: batch["position"] for batch in batches})
-        lr, weight, terms = learning_rate(config, step), bow_weight(config, step), dict(zip(LOSSES, terms))
+        lr, weight = learning_rate(config, step), bow_weight(config, step)
         losses = train_step(ddp, optimizer, scaler, batches, terms, lr, weight, device, dtype)
         totals = {"tokens": tokens, "positions": places, "waited": waited}
         return losses | {"bow_weight": weight, "lr": lr}, totals, signals
