@@ -125,7 +125,9 @@ def parse_config(argv: list[str] | None = None, kind: type = Config):
 # ---- data: texts
 
 PACKAGES = "python pandas numpy networkx transformers torch sympy datasets huggingface_hub".split()
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet",
+           ".arrow": "arrow"}  # the last is of a folder saved by `datasets`
+FOLDERS = ("corpus.jsonl*", "data-*.arrow", "train/data-*.arrow", "**/*")  # of BEIR, saved, saved, any
 BLOCK_TEXTS = 2048  # texts of a part that are tokenised, shuffled and sorted by length together
 SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabulary and the held-out texts
 # what libraries raise for bad input, among it an empty file (StopIteration, as RuntimeError) and a torn gzip
@@ -144,12 +146,12 @@ def blame(what: str, files: list[Path] = (), columns: list[str] = ()):
 def find_bad_line(files: list[Path], columns: list[str]) -> str | None:
     """Read local text files again, line by line, to name the one that `datasets` could not use."""
     for file in files:
-        number = 0
+        number, kind = 0, file_format(file)
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-                for number, line in enumerate(lines if file_format(file) != "parquet" else [], 1):
+                for number, line in enumerate(lines if kind in ("json", "csv", "text") else [], 1):
                     text = line.decode("utf-8-sig")
-                    if file_format(file) == "json" and text.strip():
+                    if kind == "json" and text.strip():
                         join_columns(json.loads(text), columns)
         except (ValueError, EOFError, OSError, zlib.error) as error:
             return f"--data {file}, line {number}: {error}"
@@ -204,17 +206,17 @@ def file_format(path: Path) -> str | None:
     return FORMATS.get(Path(str(path).removesuffix(".gz")).suffix)
 
 def find_files(data: str) -> list[Path]:
-    """The local files of --data: of a file, glob or folder (a BEIR folder's corpus); none for a hub name."""
+    """The local files of --data, of one format, of a folder as FOLDERS says; none for a hub name."""
     path = Path(data).expanduser()
     files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     if path.is_dir():
-        files = sorted(path.glob("corpus.jsonl*")) or [f for f in sorted(path.rglob("*")) if file_format(f)]
+        found = (sorted(filter(file_format, path.glob(pattern))) for pattern in FOLDERS)
+        files = next(filter(None, found), [])
     local = path.is_dir() or glob.has_magic(data) or data.startswith((".", "/", "~")) or file_format(path)
-    if local and not files:
-        raise UserError(f"--data {data}: no such file, or none that ends in {' '.join(FORMATS)} (.gz)")
+    formats = {file_format(file) for file in files}
+    if (files or local) and (None in formats or len(formats) != 1):
+        raise UserError(f"--data {data}: no such files, or not of one format of {' '.join(FORMATS)} (.gz)")
     for file in files:
-        if not file_format(file) or file_format(file) != file_format(files[0]):
-            raise UserError(f"--data {file}: give files of one format of {' '.join(FORMATS)} (.gz)")
         if file.stat().st_size == 0:
             raise UserError(f"--data {file}: the file is empty")
     return files
@@ -223,22 +225,16 @@ def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
     """The texts of --data as a stream of Arrow tables, and the local files they come from, if any."""
     if config.data == "python-docs":
         return python_docs().to_iterable_dataset().with_format("arrow"), []
-    saved = any(Path(config.data, name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-    files, text_columns = [] if saved else find_files(config.data), config.text_columns
-    what = f"--data {config.data}" + ("" if saved or files else ", no file here, as a hub dataset")
+    files, text_columns = find_files(config.data), config.text_columns
+    name, subset, split = (config.data.split(":") + ["", ""])[:3]
+    options = {"path": name, "name": subset or None, "split": split or "train"}
+    if files:
+        options = {"path": file_format(files[0]), "data_files": list(map(str, files)), "split": "train"}
+        if options["path"] == "csv":  # a cell is a text, even "1" or "NA"
+            options |= {"converters": dict.fromkeys(text_columns, str), "keep_default_na": False}
+    what = f"--data {config.data}" + ("" if files else ", no file here, as a hub dataset")
     with blame(what, files, text_columns):
-        if saved:
-            dataset = datasets.load_from_disk(config.data)
-            whole = isinstance(dataset, datasets.Dataset)
-            stream = (dataset if whole else dataset["train"]).to_iterable_dataset()
-        elif files:
-            kind, options = file_format(files[0]), {"data_files": [str(file) for file in files]}
-            if kind == "csv":  # a cell is a text, even "1" or "NA"
-                options |= {"converters": dict.fromkeys(text_columns, str), "keep_default_na": False}
-            stream = datasets.load_dataset(kind, split="train", streaming=True, **options)
-        else:
-            name, subset, split = (config.data.split(":") + ["", ""])[:3]
-            stream = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+        stream = datasets.load_dataset(streaming=True, **options)
         columns = stream.column_names or list(next(iter(stream)))
     for column in set(text_columns) - set(columns):
         raise UserError(f"--text_columns: {config.data} has no column {column!r}, but "
