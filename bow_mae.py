@@ -335,16 +335,15 @@ def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed
     chosen (M,) and visible (N,) tell where in the flattened (B·L) the masked and the not special tokens are;
     attention_mask (B, L) is None where nothing is padded; terms counts the terms in the mean of each loss.
     """
-    lengths, pad = torch.tensor([len(window) for window in windows]), tokenizer.pad_token_id
-    longest = int(lengths.max())
-    input_ids = torch.tensor([window + [pad] * (longest - len(window)) for window in windows])
-    attention_mask = (torch.arange(longest) < lengths[:, None]).long()                 # (B, L)
+    rows, pad = [torch.tensor(window) for window in windows], nn.utils.rnn.pad_sequence
+    input_ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)      # (B, L)
+    attention_mask = pad([torch.ones_like(row) for row in rows], batch_first=True)     # (B, L)
     generator = torch.Generator().manual_seed(seed)
     masked_ids, chosen = whole_word_mask(input_ids, *tables, tokenizer.mask_token_id, mask_ratio, generator)
     chosen, visible = (where.flatten().nonzero()[:, 0] for where in (chosen, ~tables[0][input_ids]))
     return BatchEncoding({
         "input_ids": input_ids, "masked_ids": masked_ids, "chosen": chosen, "visible": visible,
-        "attention_mask": None if attention_mask.all() else attention_mask, "tokens": int(lengths.sum()),
+        "attention_mask": None if attention_mask.all() else attention_mask, "tokens": sum(map(len, windows)),
         "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
 
 def leave_signals(worker: int = 0) -> None:
