@@ -716,8 +716,8 @@ def find_checkpoint(config) -> str | None:
             return str(folder)
         print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
 
-def write_run(config, device: torch.device) -> None:
-    """Write run.json: flags, versions, git commit, device, processes and command line of this start."""
+def write_run(config, device: torch.device, logged: int | None = None) -> None:
+    """Write run.json, how this start was made; a run that goes on drops metrics.jsonl after `logged` bytes."""
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
@@ -726,10 +726,11 @@ def write_run(config, device: torch.device) -> None:
             "config": asdict(config), "versions": versions | {"python": sys.version.split()[0]},
             "git_commit": commit or None, "device": str(device), "world_size": dist.get_world_size(),
             "argv": sys.argv})
+        if logged is not None:
+            with Path(config.output, "metrics.jsonl").open("a") as log:
+                log.truncate(min(logged, log.tell()))
 
 # ---- evaluation and logs
-
-EVALUATED = ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage")
 
 def held_out_batches(config: Config, tokenizer, tables) -> list[BatchEncoding]:
     """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
@@ -753,21 +754,14 @@ def evaluate(model: BowMAE, batches: list[BatchEncoding], device) -> dict:
         sums += count * [float(losses["mlm_loss"]), float(losses["bow_loss"]), float(coverage)]
         counts += count
     model.train()
-    return dict(zip(EVALUATED, (sums / counts).tolist()))
+    return dict(zip(("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"), (sums / counts).tolist()))
 
-def write_metrics(config, record: dict) -> dict:
-    """Append a line to metrics.jsonl; what is no number (a norm that overflowed) is null. Returns it."""
+def write_metrics(config, record: dict) -> None:
+    """Append a line to metrics.jsonl; what is no number (a norm that overflowed) is null."""
     record = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with blame(f"--output: {config.output} cannot be written"):
         with Path(config.output, "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-    return record
-
-def cut_metrics(config, size: int) -> None:
-    """Drop the lines of metrics.jsonl after a checkpoint: a run that goes on makes them again."""
-    with blame(f"--output: {config.output} cannot be written"):
-        with Path(config.output, "metrics.jsonl").open("a") as file:
-            file.truncate(min(size, file.tell()))
 
 def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, seconds: float) -> None:
     """Read the losses of the steps since the last line; UserError at one not finite, else log the last."""
@@ -913,9 +907,7 @@ def train(config: Config, device: torch.device) -> None:
     loader, held_out = start_loader(config, tokenizer, state.get("positions", {}), state["step"], device)
     first_batch, positions = next(loader), {}
     loader, ddp = chain([first_batch], loader), wrap_ddp(model, first_batch.to(device), config.compile)
-    together(write_run, config, device, first=True)
-    together(cut_metrics, config, state.get("logged", 0), first=True)
-    evaluations = state.get("evaluations", [])
+    together(write_run, config, device, state.get("logged", 0), first=True)
 
     def _step(step, signals):
         began = time.perf_counter()
@@ -932,7 +924,7 @@ def train(config: Config, device: torch.device) -> None:
         return losses | {"bow_weight": weight, "lr": lr}, totals, signals
 
     def _evaluate(step):
-        evaluations.append(write_metrics(config, {"step": step} | evaluate(model, held_out, device)))
+        write_metrics(config, {"step": step} | evaluate(model, held_out, device))
 
     def _save(step):
         everyone = [None] * world_size
@@ -940,7 +932,7 @@ def train(config: Config, device: torch.device) -> None:
         decoder = {"decoder": model.decoder.state_dict()} if config.objective == "enhanced" else {}
         together(save_checkpoint, config, lm, tokenizer, decoder | {
             "step": step, "positions": {part: at for some in everyone for part, at in some.items()},
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "evaluations": evaluations},
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
             config.max_length, first=True)
 
     if dist.get_rank() == 0:
@@ -949,20 +941,21 @@ def train(config: Config, device: torch.device) -> None:
               f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
               f"steps of up to {config.batch_size * config.max_length:,} tokens | {device}, {dtype}",
               flush=True)
-    if held_out and not evaluations:
-        together(_evaluate, state["step"], first=True)
+    if held_out and not state["step"]:
+        together(_evaluate, 0, first=True)
     run_steps(config, device, state["step"], _step, _save, _evaluate if held_out else None)
-    together(finish, config, evaluations, first=True)
+    together(finish, config, first=True)
 
-def finish(config, evaluations: list[dict] = ()) -> None:
+def finish(config) -> None:
     """Put the model of the last checkpoint into --output, and print what the run changed."""
     output, ours = Path(config.output), shutil.ignore_patterns("trainer_state.json", "training_state.pt")
     with blame(f"--output: the model cannot be written to {output}; mend that and give the command again"):
         shutil.copytree(list_checkpoints(output)[0], output, ignore=ours, dirs_exist_ok=True)
-    if evaluations:
+        rows = [json.loads(line) for line in (output / "metrics.jsonl").open() if '"eval_' in line]
+    if rows:
         print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
-        for name in EVALUATED:
-            print(f"{name[5:]:<16}{evaluations[0][name]:>10.4f}{evaluations[-1][name]:>10.4f}")
+        for name in list(rows[0])[1:]:
+            print(f"{name[5:]:<16}{rows[0][name]:>10.4f}{rows[-1][name]:>10.4f}")
     print(f"model saved in {output}")
 
 def main(argv: list[str] | None = None) -> None:
