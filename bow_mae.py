@@ -583,10 +583,6 @@ def learning_rate(config: Config, step: int) -> float:
     rise = min(step / max(config.warmup_steps, 1), 1)
     return rise * cosine(config.lr, config.lr * config.lr_final_ratio, progress)
 
-def bow_weight(config: Config, step: int) -> float:
-    """λ of an optimizer step, a cosine over the whole run."""
-    return cosine(config.bow_weight, config.bow_weight_final, step / config.steps)
-
 # ---- processes
 
 @contextlib.contextmanager
@@ -918,7 +914,8 @@ def train(config: Config, device: torch.device) -> None:
         signals, tokens, places, *terms = agree(numbers=[signals, *counts])
         terms = dict(zip(batches[0]["terms"], terms))
         positions.update({batch["part"]: batch["position"] for batch in batches})
-        lr, weight = learning_rate(config, step), bow_weight(config, step)
+        lr = learning_rate(config, step)
+        weight = cosine(config.bow_weight, config.bow_weight_final, step / config.steps)  # λ
         losses = train_step(ddp, optimizer, scaler, batches, terms, lr, weight, device, dtype)
         totals = {"tokens": tokens, "positions": places, "waited": waited}
         return losses | {"bow_weight": weight, "lr": lr}, totals, signals
