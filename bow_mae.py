@@ -22,7 +22,6 @@ import gzip
 import json
 import logging
 import math
-import multiprocessing
 import os
 import resource
 import shutil
@@ -50,11 +49,9 @@ from datasets.distributed import split_dataset_by_node
 from safetensors import SafetensorError
 from tokenizers.trainers import WordPieceTrainer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig, BertForMaskedLM
-from transformers import BertTokenizer, HfArgumentParser
-from transformers.hf_argparser import HfArg
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig, BertTokenizer
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 @dataclass
 class Config:
@@ -550,7 +547,7 @@ def load_lm(source: str, tokenizer, max_length: int, seed: int):
     if source in FRESH:
         layers, width, _ = FRESH[source]
         # 0.05 instead of the usual 0.02, for short runs from scratch
-        lm = BertForMaskedLM(BertConfig(
+        lm = AutoModelForMaskedLM.from_config(BertConfig(
             vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=layers,
             hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
             max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05,
@@ -600,7 +597,7 @@ def process_group():
         yield device
     finally:  # loaders leave signals to us, and an error holds on to their iterator: end them by hand
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
+        for child in torch.multiprocessing.active_children():
             child.kill()
         dist.destroy_process_group()
 
@@ -799,14 +796,14 @@ def load_optimizer(config, model, checkpoint: str | None, device):
         scaler.load_state_dict(state["scaler"])
     return optimizer, scaler, state
 
-def wrap_ddp(model, batch, compiled: bool = False) -> DistributedDataParallel:
+def wrap_ddp(model, batch, compiled: bool = False) -> nn.Module:
     """The model under DDP, after one backward pass whose gradients are thrown away.
 
     DDP lays its buckets out anew after the first pass: with that done, a resumed run sums gradients in the
     same order as one never stopped.
     """
-    ddp = DistributedDataParallel(torch.compile(model, dynamic=True) if compiled else model,
-                                  gradient_as_bucket_view=True)
+    model = torch.compile(model, dynamic=True) if compiled else model
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     sum(ddp(batch).values()).backward()
     ddp.zero_grad()
     return ddp
