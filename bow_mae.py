@@ -451,8 +451,9 @@ class EnhancedDecoder(nn.Module):
     the device; the original draws it in Python loops, where most of its time goes.
     """
 
-    def __init__(self, width: int, heads: int, max_length: int):
+    def __init__(self, lm, max_length: int):
         super().__init__()
+        width, heads = lm.config.hidden_size, lm.config.num_attention_heads
         self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm_query, self.norm_memory, self.norm_attention, self.norm = map(nn.LayerNorm, [width] * 4)
@@ -481,9 +482,8 @@ class BowMAE(nn.Module):
         super().__init__()
         self.lm, self.objective = lm, config.objective
         self.register_buffer("special", special, persistent=False)
-        if config.objective == "enhanced":
-            heads = lm.config.num_attention_heads
-            self.decoder = EnhancedDecoder(lm.config.hidden_size, heads, config.max_length)
+        enhanced = config.objective == "enhanced"
+        self.decoder = EnhancedDecoder(lm, config.max_length) if enhanced else nn.Identity()
 
     def encode(self, input_ids, attention_mask):
         """The last hidden states h, (B, L, D), of input_ids (B, L)."""
@@ -895,7 +895,7 @@ def train(config: Config, device: torch.device) -> None:
     lm = together(load_lm, source, tokenizer, config.max_length, config.seed)
     model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device).train()
     optimizer, scaler, state = load_optimizer(config, model, checkpoint, device)
-    if "decoder" in state:
+    if checkpoint:
         model.decoder.load_state_dict(state["decoder"])
     loader, held_out = start_loader(config, tokenizer, state.get("positions", {}), state["step"], device)
     first_batch, positions = next(loader), {}
@@ -923,11 +923,10 @@ def train(config: Config, device: torch.device) -> None:
     def _save(step):
         everyone = [None] * world_size
         dist.all_gather_object(everyone, positions)
-        decoder = {"decoder": model.decoder.state_dict()} if config.objective == "enhanced" else {}
-        together(save_checkpoint, config, lm, tokenizer, decoder | {
+        together(save_checkpoint, config, lm, tokenizer, {
             "step": step, "positions": {part: at for some in everyone for part, at in some.items()},
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
-            config.max_length, first=True)
+            "decoder": model.decoder.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict()}, config.max_length, first=True)
 
     if dist.get_rank() == 0:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
