@@ -839,16 +839,6 @@ def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, we
     dist.all_reduce(total)
     return dict(zip(["loss", *losses], total)) | {"grad_norm": update(ddp, optimizer, scaler, lr)}
 
-def start_loader(config: Config, tokenizer, positions: dict, step: int, device):
-    """This process's micro-batches without end, the first of them read, and the held-out ones."""
-    share = config.parts // dist.get_world_size()
-    parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    stream = PretrainingStream(config, tokenizer, parts, positions.copy(), step + 1)
-    loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=device.type == "cuda",
-                                              num_workers=config.workers and math.gcd(config.workers, share)))
-    head = together(list, islice(loader, share))
-    return chain(head, loader), together(held_out_batches, config, tokenizer, stream.tables, first=True)
-
 def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None:
     """Take the steps after `step`, with bar, logs, evaluations and checkpoints; at a signal save and exit.
 
@@ -897,14 +887,19 @@ def train(config: Config, device: torch.device) -> None:
     optimizer, scaler, state = load_optimizer(config, model, checkpoint, device)
     if checkpoint:
         model.decoder.load_state_dict(state["decoder"])
-    loader, held_out = start_loader(config, tokenizer, state.get("positions", {}), state["step"], device)
-    first_batch, positions = next(loader), {}
-    loader, ddp = chain([first_batch], loader), wrap_ddp(model, first_batch.to(device), config.compile)
+    share = config.parts // world_size
+    parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    stream = PretrainingStream(config, tokenizer, parts, state.get("positions", {}), state["step"] + 1)
+    loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=device.type == "cuda",
+                                              num_workers=config.workers and math.gcd(config.workers, share)))
+    head, positions = together(list, islice(loader, share)), {}  # data that is bad at once ends all
+    held_out = together(held_out_batches, config, tokenizer, stream.tables, first=True)
+    loader, ddp = chain(head, loader), wrap_ddp(model, head[0].to(device), config.compile)
     together(write_run, config, device, state.get("logged", 0), first=True)
 
     def _step(step, signals):
         began = time.perf_counter()
-        batches = together(list, islice(loader, config.parts // world_size))
+        batches = together(list, islice(loader, share))
         waited = time.perf_counter() - began
         counts = np.sum([[batch["tokens"], batch["input_ids"].numel(), *batch["terms"].values()]
                          for batch in batches], axis=0)
