@@ -46,7 +46,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets.distributed import split_dataset_by_node
-from safetensors import SafetensorError
 from tokenizers.trainers import WordPieceTrainer
 from torch import nn
 from tqdm import tqdm
@@ -127,16 +126,15 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".p
 FOLDERS = ("corpus.jsonl*", "data-*.arrow", "train/data-*.arrow", "**/*")  # of BEIR, saved, saved, any
 BLOCK_TEXTS = 2048  # texts of a part that are tokenised, shuffled and sorted by length together
 SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabulary and the held-out texts
-# what libraries raise for bad input, among it an empty file (StopIteration, as RuntimeError) and a torn gzip
-READ_ERRORS = (StopIteration, RuntimeError, EOFError, zlib.error, ValueError, TypeError, LookupError, OSError,
-               SafetensorError, datasets.exceptions.DatasetsError)
 
 @contextlib.contextmanager
 def blame(what: str, files: list[Path] = (), columns: list[str] = ()):
     """Turn what a library raises into a UserError of one line: `what`, or the file and line that is bad."""
     try:
         yield
-    except READ_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: StopIteration for an empty file, those of zlib, Arrow, the hub
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(find_bad_line(files, columns) or f"{what}: {reason}") from error
 
