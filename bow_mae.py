@@ -91,13 +91,10 @@ class Config:
         """Raise UserError where values do not go together."""
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"--mask_ratio {self.mask_ratio} must lie between 0 and 1")
-        if self.batch_size % self.micro_batch_size:
-            raise UserError(f"--batch_size {self.batch_size} is not a multiple of "
-                            f"--micro_batch_size {self.micro_batch_size}")
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.parts % processes:
-            raise UserError(f"--batch_size / --micro_batch_size = {self.parts} micro-batches a step cannot "
-                            f"be shared by {processes} processes evenly: change one of the three")
+        if self.batch_size % (self.micro_batch_size * processes):
+            raise UserError(f"--batch_size {self.batch_size} is not a multiple of --micro_batch_size "
+                            f"{self.micro_batch_size} x {processes} processes")
 
 class UserError(Exception):
     """Something the user can mend; the message says what is wrong, where, and how to mend it."""
