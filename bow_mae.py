@@ -266,40 +266,37 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         self.tables = special_table(tokenizer, len(tokenizer)), word_table(tokenizer)
 
     def __iter__(self):
-        worker, parts = torch.utils.data.get_worker_info(), self.parts
-        if worker:
-            leave_signals()
-            parts = parts[worker.id :: worker.num_workers]
+        worker = torch.utils.data.get_worker_info()
+        parts = self.parts[worker.id :: worker.num_workers] if worker else self.parts
         source, files = open_stream(self.config)
         for batches in zip(*(self.read_part(part, source, files) for part in parts)):
             yield from batches
 
     def read_part(self, part: int, source: datasets.IterableDataset, files: list[Path]):
         """Yield the batches of a part from its position on."""
-        config, step = self.config, self.step
-        epoch, block, done, state = self.positions.get(part, (0, 0, 0, None))
+        config, (epoch, block, done, state) = self.config, self.positions.get(part, (0, 0, 0, None))
+        step = self.step - done  # of the first batch of the block
         while True:
             # a new object for each epoch, since load_state_dict sticks to it
             stream = split_dataset_by_node(source, rank=part, world_size=config.parts)
             stream.set_epoch(epoch)
             if state:
                 stream.load_state_dict(state)
-            from_start, first_block, first_step = (block, done) == (0, 0), block, step
-            for block, texts in enumerate(read_blocks(stream, files, config), first_block):
+            first_step = step
+            for block, texts in enumerate(read_blocks(stream, files, config), block):
                 batches = self.cut_block(texts, np.random.default_rng([config.seed, epoch, block]))
-                start = step - done
                 for index in range(len(batches)):
                     # one draw for all parts of a step: they meet alike lengths, no process waits for another
-                    draw = np.random.default_rng([config.seed, start + index]).random()
+                    draw = np.random.default_rng([config.seed, step]).random()
                     windows = batches.pop(int(draw * len(batches)))
                     if index >= done:
                         seed = hash((config.seed, step, part))  # of integers: the same in every process
                         batch = collate(windows, self.tokenizer, self.tables, config.mask_ratio, seed)
                         batch.update(seed=seed, part=part, position=(epoch, block, index + 1, state))
                         yield batch
-                        step += 1
+                    step += 1
                 state, done = stream.state_dict(), 0
-            if from_start and step == first_step:
+            if step == first_step:
                 raise UserError(f"--data {config.data} has too few texts for {config.parts} parts: lower "
                                 f"--batch_size or raise --micro_batch_size")
             epoch, block, state = epoch + 1, 0, None
@@ -338,7 +335,7 @@ def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed
         "attention_mask": None if attention_mask.all() else attention_mask, "tokens": sum(map(len, windows)),
         "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
 
-def leave_signals(worker: int = 0) -> None:
+def leave_signals(worker: int) -> None:
     """In a loader process, leave signals to the training process and the other cores to other workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -885,8 +882,9 @@ def train(config: Config, device: torch.device) -> None:
     share = config.parts // world_size
     parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     stream = PretrainingStream(config, tokenizer, parts, state.get("positions", {}), state["step"] + 1)
-    loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=device.type == "cuda",
-                                              num_workers=config.workers and math.gcd(config.workers, share)))
+    loader = iter(torch.utils.data.DataLoader(
+        stream, batch_size=None, num_workers=config.workers and math.gcd(config.workers, share),
+        pin_memory=device.type == "cuda", worker_init_fn=leave_signals))
     head, positions = together(list, islice(loader, share)), {}  # data that is bad at once ends all
     held_out = together(held_out_batches, config, tokenizer, stream.tables, first=True)
     loader, ddp = chain(head, loader), wrap_ddp(model, head[0].to(device), config.compile)
