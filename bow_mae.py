@@ -551,13 +551,12 @@ def load_lm(source: str, tokenizer, max_length: int, seed: int):
         if report["missing_keys"]:
             raise UserError(f"--model {source} has no masked-LM head: no {min(report['missing_keys'])}")
     mlm_head(lm, torch.zeros(1, lm.config.hidden_size))
-    if len(tokenizer) > lm.config.vocab_size:
-        raise UserError(f"--model {source}: {len(tokenizer)} tokens, but {lm.config.vocab_size} embeddings")
     # RoBERTa counts positions from its padding id on
     first = getattr(getattr(lm.base_model, "embeddings", None), "padding_idx", -1) + 1
-    positions = lm.config.max_position_embeddings - first
-    if max_length > positions:
-        raise UserError(f"--max_length {max_length} is above the {positions} positions of --model {source}")
+    positions, size = lm.config.max_position_embeddings - first, lm.config.vocab_size
+    if max_length > positions or len(tokenizer) > size:
+        raise UserError(f"--model {source} has {positions} positions and {size} embeddings, too few for "
+                        f"--max_length {max_length} or the {len(tokenizer)} tokens of its tokenizer")
     return lm
 
 # ---- schedules
