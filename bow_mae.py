@@ -850,13 +850,11 @@ def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None
         evaluates = evaluation and (step == config.steps or step % config.eval_every == 0)
         if saves or evaluates or step % config.log_every == 0:
             together(log_steps, config, device, bar, pending, totals, time.perf_counter() - began)
-            pending, totals = [], Counter()
-        if evaluates:
-            together(evaluation, step, first=True)
-        if saves:
-            save(step)
-        if not pending:  # the rate is of training alone
-            began = time.perf_counter()
+            if evaluates:
+                together(evaluation, step, first=True)
+            if saves:
+                save(step)
+            pending, totals, began = [], Counter(), time.perf_counter()  # the rate is of training alone
     bar.close()
     for number, handler in before.items():
         signal.signal(number, handler)
