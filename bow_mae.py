@@ -149,10 +149,7 @@ def find_bad_line(files: list[Path], columns: list[str]) -> str | None:
             return f"--data {file}, line {number}: {error}"
 
 def docstrings(packages: list[str]):
-    """Yield {_id, query, text} for each docstring of packages such as "numpy==2.4.6", their tests left out.
-
-    `query` is the docstring's first paragraph, `text` the rest, `_id` the qualified name.
-    """
+    """Yield docstrings of packages, "numpy==2.4.6": _id (qualified name), query (first paragraph), text."""
     gc.freeze()  # halves the time: the collector passes by what the imports made
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for package in (package.split("==")[0].replace("python", "") for package in packages):
@@ -174,10 +171,10 @@ def docstrings(packages: list[str]):
                         yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
 
 def python_docs() -> datasets.Dataset:
-    """The documentation of the Python standard library and PACKAGES: _id, query, text; some 24,000 rows.
+    """The documentation of PACKAGES: some 24,000 rows of _id, query and text, in an order of no meaning.
 
-    Repeated ids and texts, and queries that name more than one text, are left out; the order is shuffled once
-    for all. Built in about a minute, then read from the cache of `datasets` under a key of the versions.
+    Repeated ids and texts, and queries that name more than one text, are left out. Built in about a minute,
+    then read from the cache of `datasets` under a key of the versions.
     """
     version = {name: metadata.version(name) for name in PACKAGES[1:]} | {"python": sys.version.split()[0]}
     packages = [f"{name}=={version[name]}" for name in PACKAGES]
@@ -627,10 +624,7 @@ def write_json(path: Path, content) -> None:
     path.with_suffix(".tmp").replace(path)
 
 def save_checkpoint(config, lm, tokenizer, state: dict, max_length: int, similarity: str = "dot") -> None:
-    """Write output/checkpoint-STEP whole or not at all; after that drop all but the newest --keep.
-
-    Beside the state it holds what AutoModelForMaskedLM, AutoTokenizer and SentenceTransformer open.
-    """
+    """Write output/checkpoint-STEP, that transformers and SentenceTransformer open; keep the newest --keep."""
     folder, target = Path(config.output, ".saving"), Path(config.output, f"checkpoint-{state['step']}")
     module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
     pooling = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
@@ -701,7 +695,7 @@ def find_checkpoint(config) -> str | None:
         print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
 
 def write_run(config, device: torch.device, logged: int | None = None) -> None:
-    """Write run.json, how this start was made; a run that goes on drops metrics.jsonl after `logged` bytes."""
+    """Write run.json: how this start was made. Drop metrics.jsonl after `logged` bytes, to be made again."""
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
@@ -788,11 +782,8 @@ def load_optimizer(config, model, checkpoint: str | None, device):
     return optimizer, scaler, state
 
 def wrap_ddp(model, batch, compiled: bool = False) -> nn.Module:
-    """The model under DDP, after one backward pass whose gradients are thrown away.
-
-    DDP lays its buckets out anew after the first pass: with that done, a resumed run sums gradients in the
-    same order as one never stopped.
-    """
+    """The model under DDP, after one backward pass whose gradients are thrown away."""
+    # DDP lays its buckets out anew after its first pass; then a resumed run sums gradients in the same order
     model = torch.compile(model, dynamic=True) if compiled else model
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     sum(ddp(batch).values()).backward()
@@ -811,10 +802,7 @@ def update(ddp, optimizer, scaler, lr: float):
     return grad_norm
 
 def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, weight: float, device, dtype):
-    """One optimizer step on this process's micro-batches; terms are the step's counts over all processes.
-
-    Returns the losses of the whole step and the norm of its gradient, by name, as scalars on the device.
-    """
+    """One optimizer step; `terms` counts those of all processes. Returns its losses and gradient norm."""
     total = 0.0
     for i, batch in enumerate(batches):
         torch.manual_seed(batch["seed"] + 1)  # the dropout, too, is a function of (seed, step, part)
