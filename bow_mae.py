@@ -480,22 +480,18 @@ class BowMAE(nn.Module):
 
     def forward(self, batch: BatchEncoding, objective: str | None = None) -> dict:
         """The mean of each loss over a micro-batch, by name; logits are made only where a loss needs them."""
-        objective = objective or self.objective
-        input_ids, chosen, visible = batch["input_ids"], batch["chosen"], batch["visible"]
+        objective, input_ids = objective or self.objective, batch["input_ids"]
+        words = input_ids.flatten()                                                    # (B·L,)
         hidden = self.encode(batch["masked_ids"], batch["attention_mask"])             # (B, L, D)
-        rows = [hidden.flatten(0, 1)[chosen]]                                          # (M, D)
+        logits = mlm_head(self.lm, hidden.flatten(0, 1)[batch["chosen"]]).float()      # (M, V)
+        losses = {"mlm_loss": F.cross_entropy(logits, words[batch["chosen"]])}
         if objective == "bow":
-            rows.append(hidden[:, 0])                                                  # (B, D)
+            losses["bow_loss"] = bow_loss(mlm_head(self.lm, hidden[:, 0]), input_ids, self.special)
         elif objective == "enhanced":
             embeddings = self.lm.get_input_embeddings()(input_ids)                     # (B, L, D)
             decoded = self.decoder(hidden[:, 0], embeddings, batch["attention_mask"])  # (B, L, D)
-            rows.append(decoded.flatten(0, 1)[visible])                                # (N, D)
-        logits = mlm_head(self.lm, torch.cat(rows)).float().split([len(group) for group in rows])
-        losses = {"mlm_loss": F.cross_entropy(logits[0], input_ids.flatten()[chosen])}
-        if objective == "bow":
-            losses["bow_loss"] = bow_loss(logits[1], input_ids, self.special)
-        elif objective == "enhanced":
-            losses["enhanced_loss"] = F.cross_entropy(logits[1], input_ids.flatten()[visible])
+            logits = mlm_head(self.lm, decoded.flatten(0, 1)[batch["visible"]]).float()     # (N, V)
+            losses["enhanced_loss"] = F.cross_entropy(logits, words[batch["visible"]])
         return losses
 
 FRESH = {"tiny": (2, 128, 4096), "mini": (4, 256, 8192), "small": (4, 512, 16384), "medium": (8, 512, 30522),
@@ -624,7 +620,7 @@ def write_json(path: Path, content) -> None:
     path.with_suffix(".tmp").replace(path)
 
 def save_checkpoint(config, lm, tokenizer, state: dict, max_length: int, similarity: str = "dot") -> None:
-    """Write output/checkpoint-STEP, that transformers and SentenceTransformer open; keep the newest --keep."""
+    """Write output/checkpoint-STEP, as transformers and SentenceTransformer open it; keep the last --keep."""
     folder, target = Path(config.output, ".saving"), Path(config.output, f"checkpoint-{state['step']}")
     module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
     pooling = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
