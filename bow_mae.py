@@ -101,17 +101,14 @@ class UserError(Exception):
 
 def parse_config(argv: list[str] | None = None, kind: type = Config):
     """A dataclass of this kind from the command line; UserError for a flag or a value that cannot be."""
-    def _fail(message):
-        raise UserError(f"{message} (--help lists the flags)")
-
-    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False)
-    parser.error = _fail
-    config = kind(**vars(parser.parse_args(argv)))
+    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False, exit_on_error=False)
+    with blame("--help lists the flags"):
+        (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     for name, value in vars(config).items():
         from_zero = isinstance(value, float) or name in ("warmup_steps", "negatives")
         least = 3 if name.endswith("_length") else 0 if from_zero else 1
         if type(value) in (int, float) and value != getattr(kind, name) and not least <= value < math.inf:
-            _fail(f"--{name} {value} must be a finite number, at least {least}")
+            raise UserError(f"--{name} {value} must be a finite number, at least {least}")
     config.check()
     return config
 
