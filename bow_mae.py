@@ -746,8 +746,7 @@ def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, seconds
     rate = totals["tokens"] / seconds
     memory = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda"
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-    shown = {name: f"{value:.3f}" for name, value in losses.items() if name.endswith("_loss")}
-    bar.set_postfix(shown | {"tokens/s": f"{rate:,.0f}"})
+    bar.set_postfix({name: losses[name] for name in losses if "_loss" in name} | {"tokens/s": int(rate)})
     if dist.get_rank() == 0:
         write_metrics(config, {"step": step, **losses, "tokens_per_second": rate,
                                "padding_share": 1 - totals["tokens"] / totals["positions"],
@@ -840,9 +839,9 @@ def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None
     for number, handler in before.items():
         signal.signal(number, handler)
     if step < config.steps:
-        agree()
         if dist.get_rank() == 0:
             print(f"stopped by a signal, saved after step {step}: the same command goes on", file=sys.stderr)
+        agree()  # wait until it is out: at the first exit torchrun ends the other processes
         sys.exit(128 + signal.SIGTERM)
 
 def train(config: Config, device: torch.device) -> None:
