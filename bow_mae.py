@@ -628,14 +628,12 @@ def save_checkpoint(config, lm, tokenizer, state: dict, max_length: int, similar
         (folder / "1_Pooling").mkdir(parents=True)
         lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for name, content in {
-                "modules": [module, pooling],
-                "config_sentence_transformers": {"similarity_fn_name": similarity},
-                "1_Pooling/config": {"word_embedding_dimension": lm.config.hidden_size,
-                                     "pooling_mode_cls_token": True},
-                "sentence_bert_config": {"max_seq_length": max_length, "do_lower_case": False,
-                                         "model_args": pooler}}.items():
-            write_json(folder / f"{name}.json", content)
+        write_json(folder / "modules.json", [module, pooling])
+        write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": similarity})
+        write_json(folder / "1_Pooling/config.json", {
+            "word_embedding_dimension": lm.config.hidden_size, "pooling_mode_cls_token": True})
+        write_json(folder / "sentence_bert_config.json", {
+            "max_seq_length": max_length, "do_lower_case": False, "model_args": pooler})
         torch.save(state | {"logged": log.stat().st_size}, folder / "training_state.pt")
         files = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
         write_json(folder / "trainer_state.json", {
