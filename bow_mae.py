@@ -146,10 +146,10 @@ def find_bad_line(files: list[Path], columns: list[str]) -> str | None:
             return f"--data {file}, line {number}: {error}"
 
 def docstrings(packages: list[str]):
-    """Yield docstrings of packages, "numpy==2.4.6": _id (qualified name), query (first paragraph), text."""
+    """Yield docstrings of packages, tests left out: _id (qualified name), query (first paragraph), text."""
     gc.freeze()  # halves the time: the collector passes by what the imports made
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for package in (package.split("==")[0].replace("python", "") for package in packages):
+    for package in (package.replace("python", "") for package in packages):
         root = Path(util.find_spec(package).origin if package else os.__file__).parent
         for path in sorted(root.rglob("*.py")):
             parts = [package, *path.relative_to(root).with_suffix("").parts]
@@ -174,10 +174,9 @@ def python_docs() -> datasets.Dataset:
     then read from the cache of `datasets` under a key of the versions.
     """
     version = {name: metadata.version(name) for name in PACKAGES[1:]} | {"python": sys.version.split()[0]}
-    packages = [f"{name}=={version[name]}" for name in PACKAGES]
     with blame("--data python-docs cannot be built, set HF_DATASETS_CACHE to a folder to write in"):
         table = datasets.Dataset.from_generator(
-            docstrings, gen_kwargs={"packages": packages}, fingerprint=f"docs-{text_hash(str(packages))}",
+            docstrings, gen_kwargs={"packages": PACKAGES}, fingerprint=f"docs-{text_hash(str(version))}",
             num_proc=2, cache_dir=os.environ.get("HF_DATASETS_CACHE", "out/cache")).to_pandas()
     table = table.drop_duplicates("_id").drop_duplicates("text").drop_duplicates("query", keep=False)
     table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")

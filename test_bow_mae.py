@@ -585,7 +585,7 @@ def test_docstrings_are_split_into_query_and_text_and_tests_left_out(tmp_path, m
     (package / "bad.py").write_text("def broken(:")
     (package / "tests" / "some.py").write_text('"""A test.\n\nOf spoons."""')
     monkeypatch.syspath_prepend(tmp_path)
-    assert list(bow_mae.docstrings(["spoons==1.0"])) == [
+    assert list(bow_mae.docstrings(["spoons"])) == [
         {"_id": "spoons", "query": "Spoons of all kinds.", "text": "They hold soup."},
         {"_id": "spoons.big.Ladle.fill", "query": "Fill it.", "text": "With soup."}]
 
