@@ -122,26 +122,26 @@ BLOCK_TEXTS = 2048  # texts of a part that are tokenised, shuffled and sorted by
 SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabulary and the held-out texts
 
 @contextlib.contextmanager
-def blame(what: str, files: list[Path] = (), columns: list[str] = ()):
-    """Turn what a library raises into a UserError of one line: `what`, or the file and line that is bad."""
+def blame(what: str, config: Config | None = None):
+    """Turn what a library raises into a UserError of one line: `what`, or the line of --data that is bad."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # of any kind: StopIteration for an empty file, those of zlib, Arrow, the hub
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(find_bad_line(files, columns) or f"{what}: {reason}") from error
+        raise UserError(config and find_bad_line(config) or f"{what}: {reason}") from error
 
-def find_bad_line(files: list[Path], columns: list[str]) -> str | None:
+def find_bad_line(config: Config) -> str | None:
     """Read local text files again, line by line, to name the one that `datasets` could not use."""
-    for file in files:
+    for file in find_files(config.data):
         number, kind = 0, file_format(file)
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
                 for number, line in enumerate(lines if kind in ("json", "csv", "text") else [], 1):
                     text = line.decode("utf-8-sig")
                     if kind == "json" and text.strip():
-                        join_columns(json.loads(text), columns)
+                        join_columns(json.loads(text), config.text_columns)
         except (ValueError, EOFError, OSError, zlib.error) as error:
             return f"--data {file}, line {number}: {error}"
 
@@ -206,29 +206,28 @@ def find_files(data: str) -> list[Path]:
             raise UserError(f"--data {file}: the file is empty")
     return files
 
-def open_stream(config: Config) -> tuple[datasets.IterableDataset, list[Path]]:
-    """The texts of --data as a stream of Arrow tables, and the local files they come from, if any."""
+def open_stream(config: Config) -> datasets.IterableDataset:
+    """The texts of --data as a stream of Arrow tables."""
     if config.data == "python-docs":
-        return python_docs().to_iterable_dataset().with_format("arrow"), []
-    files, text_columns = find_files(config.data), config.text_columns
+        return python_docs().to_iterable_dataset().with_format("arrow")
+    files = find_files(config.data)
     name, subset, split = (config.data.split(":") + ["", ""])[:3]
     options = {"path": name, "name": subset or None, "split": split or "train"}
     if files:
         options = {"path": file_format(files[0]), "data_files": list(map(str, files)), "split": "train"}
         if options["path"] == "csv":  # a cell is a text, even "1" or "NA"
-            options |= {"converters": dict.fromkeys(text_columns, str), "keep_default_na": False}
-    what = f"--data {config.data}" + ("" if files else ", no file here, as a hub dataset")
-    with blame(what, files, text_columns):
+            options |= {"converters": dict.fromkeys(config.text_columns, str), "keep_default_na": False}
+    with blame(f"--data {config.data}" + ("" if files else ", no file here, as a hub dataset"), config):
         stream = datasets.load_dataset(streaming=True, **options)
         columns = stream.column_names or list(next(iter(stream)))
-    for column in set(text_columns) - set(columns):
+    for column in set(config.text_columns) - set(columns):
         raise UserError(f"--text_columns: {config.data} has no column {column!r}, but "
                         f"{' '.join(map(repr, columns))}")
-    return stream.with_format("arrow"), files
+    return stream.with_format("arrow")
 
-def read_blocks(stream: datasets.IterableDataset, files: list[Path], config: Config):
+def read_blocks(stream: datasets.IterableDataset, config: Config):
     """Yield lists of BLOCK_TEXTS texts; a record without one raises UserError with its file and line."""
-    with blame(f"--data {config.data}", files, config.text_columns):
+    with blame(f"--data {config.data}", config):
         for table in stream.iter(batch_size=BLOCK_TEXTS):
             columns = [column for column in config.text_columns if column in table.column_names]
             if any("extension" in str(table.schema.field(column).type) for column in columns):
@@ -261,11 +260,11 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         parts = self.parts[worker.id :: worker.num_workers] if worker else self.parts
-        source, files = open_stream(self.config)
-        for batches in zip(*(self.read_part(part, source, files) for part in parts)):
+        source = open_stream(self.config)
+        for batches in zip(*(self.read_part(part, source) for part in parts)):
             yield from batches
 
-    def read_part(self, part: int, source: datasets.IterableDataset, files: list[Path]):
+    def read_part(self, part: int, source: datasets.IterableDataset):
         """Yield the batches of a part from its position on."""
         config, (epoch, block, done, state) = self.config, self.positions.get(part, (0, 0, 0, None))
         step = self.step - done  # of the first batch of the block
@@ -276,7 +275,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
             if state:
                 stream.load_state_dict(state)
             first_step = step
-            for block, texts in enumerate(read_blocks(stream, files, config), block):
+            for block, texts in enumerate(read_blocks(stream, config), block):
                 batches = self.cut_block(texts, np.random.default_rng([config.seed, epoch, block]))
                 for index in range(len(batches)):
                     # one draw for all parts of a step: they meet alike lengths, no process waits for another
@@ -496,7 +495,7 @@ FRESH = {"tiny": (2, 128, 4096), "mini": (4, 256, 8192), "small": (4, 512, 16384
 def learn_tokenizer(config: Config):
     """An uncased WordPiece tokenizer with the vocabulary of the first texts; the same at every call."""
     def _texts():
-        for block in islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS):
+        for block in islice(read_blocks(open_stream(config), config), SAMPLE_BLOCKS):
             yield from (text for text in block if text_hash(text) % 1000)
 
     tokenizer, characters, size = BertTokenizer(), Counter(), FRESH[config.model][2]
@@ -702,7 +701,7 @@ def write_run(config, device: torch.device, logged: int | None = None) -> None:
 
 def held_out_batches(config: Config, tokenizer, tables) -> list[BatchEncoding]:
     """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
-    blocks = islice(read_blocks(*open_stream(config), config), SAMPLE_BLOCKS)
+    blocks = islice(read_blocks(open_stream(config), config), SAMPLE_BLOCKS)
     texts = [text for block in blocks for text in block if text_hash(text) % 1000 == 0]
     windows = sorted(cut_windows(texts, tokenizer, config.max_length)[:1024], key=len)
     return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i)
