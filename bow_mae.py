@@ -168,10 +168,9 @@ def docstrings(packages: list[str]):
                         yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
 
 def python_docs() -> datasets.Dataset:
-    """The documentation of PACKAGES: some 24,000 rows of _id, query and text, in an order of no meaning.
+    """The documentation of PACKAGES: some 24,000 rows of _id, query and text, each there once, shuffled.
 
-    Repeated ids and texts, and queries that name more than one text, are left out. Built in about a minute,
-    then read from the cache of `datasets` under a key of the versions.
+    Built in about a minute, then read from the cache of `datasets` under a key of the versions.
     """
     version = {name: metadata.version(name) for name in PACKAGES[1:]} | {"python": sys.version.split()[0]}
     with blame("--data python-docs cannot be built, set HF_DATASETS_CACHE to a folder to write in"):
@@ -407,7 +406,7 @@ def bow_loss(cls_logits, input_ids, special):
 def term_coverage(cls_logits, input_ids, special):
     """The share of each text's |T| terms among the |T| highest logits of its [CLS], (B,); 0 without terms.
 
-    cls_logits (B, V) and input_ids (B, L) of the unmasked text, special (V,) bool.
+    cls_logits (B, V), input_ids (B, L) of the unmasked text, special (V,) bool.
     """
     bag = bag_of_words(input_ids, special)                                             # (B, V)
     size = bag.sum(1, keepdim=True)                                                    # (B, 1)
