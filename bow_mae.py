@@ -60,7 +60,7 @@ class Config:
     text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space")
     model: str = HfArg(default="tiny", help="masked LM (hub name, folder) or new tiny|mini|small|medium|base")
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's, or a baseline")
-    max_length: int = HfArg(default=32, help="tokens in a window, [CLS] and [SEP] included")
+    max_length: int = HfArg(default=48, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
     bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
     bow_weight_final: float = HfArg(default=5.0, help="λ at the last step, reached by a cosine")
@@ -488,7 +488,7 @@ class BowMAE(nn.Module):
             losses["enhanced_loss"] = F.cross_entropy(logits, words[batch["visible"]])
         return losses
 
-FRESH = {"tiny": (2, 128, 4096), "mini": (4, 256, 8192), "small": (4, 512, 16384), "medium": (8, 512, 30522),
+FRESH = {"tiny": (2, 128, 2048), "mini": (4, 256, 8192), "small": (4, 512, 16384), "medium": (8, 512, 30522),
          "base": (12, 768, 30522)}  # layers, width, vocabulary
 
 def learn_tokenizer(config: Config):

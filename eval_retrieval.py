@@ -58,7 +58,7 @@ class RetrievalConfig:
     index: str = HfArg(default="Flat", help="a faiss.index_factory string: SQfp16, IVF1024,Flat, HNSW32 ...")
     top_k: int = HfArg(default=1000, help="passages in the run file for each query")
     max_query_length: int = HfArg(default=32, help="tokens of a query")
-    max_passage_length: int = HfArg(default=32, help="tokens of a passage")
+    max_passage_length: int = HfArg(default=48, help="tokens of a passage")
     similarity: Literal["dot", "cos"] = HfArg(default="dot", help="between two [CLS] vectors")
     relevance_level: int = HfArg(default=1, help="least grade that counts as relevant, but for nDCG")
     keep_identical_ids: bool = HfArg(default=False, help="keep a passage whose id is that of its query")
