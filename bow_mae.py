@@ -60,7 +60,7 @@ class Config:
     text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space")
     model: str = HfArg(default="tiny", help="masked LM (hub name, folder) or new tiny|mini|small|medium|base")
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's, or a baseline")
-    max_length: int = HfArg(default=48, help="tokens in a window, [CLS] and [SEP] included")
+    max_length: int = HfArg(default=32, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
     bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
     bow_weight_final: float = HfArg(default=5.0, help="λ at the last step, reached by a cosine")
@@ -892,8 +892,8 @@ def train(config: Config, device: torch.device) -> None:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = "
               f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
-              f"steps of up to {config.batch_size * config.max_length:,} tokens | {device}, {dtype}",
-              flush=True)
+              f"steps of up to {config.batch_size * config.max_length:,} tokens | {device}, {dtype} | "
+              f"{sum(len(batch['input_ids']) for batch in held_out)} windows held out", flush=True)
     if held_out and not state["step"]:
         together(_evaluate, 0, first=True)
     run_steps(config, device, state["step"], _step, _save, _evaluate if held_out else None)

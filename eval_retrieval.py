@@ -58,7 +58,7 @@ class RetrievalConfig:
     index: str = HfArg(default="Flat", help="a faiss.index_factory string: SQfp16, IVF1024,Flat, HNSW32 ...")
     top_k: int = HfArg(default=1000, help="passages in the run file for each query")
     max_query_length: int = HfArg(default=32, help="tokens of a query")
-    max_passage_length: int = HfArg(default=48, help="tokens of a passage")
+    max_passage_length: int = HfArg(default=32, help="tokens of a passage")
     similarity: Literal["dot", "cos"] = HfArg(default="dot", help="between two [CLS] vectors")
     relevance_level: int = HfArg(default=1, help="least grade that counts as relevant, but for nDCG")
     keep_identical_ids: bool = HfArg(default=False, help="keep a passage whose id is that of its query")
@@ -318,8 +318,7 @@ def encode(encoder, batch, similarity: str):
 def encode_passages(config: RetrievalConfig, task: Task, encoder: Encoder) -> list[Path]:
     """Write the vectors of this process's share of the passages, CHUNK a file; returns the files in order.
 
-    A file that an earlier run finished is used again; beside it stands a hash of the encoder and its texts,
-    and where that is another, a UserError keeps the two from being mixed.
+    A file that an earlier run finished is used again; UserError if it is of another encoder or other texts.
     """
     folder, size = Path(config.output, "vectors"), len(task.passages)
     starts = np.array_split(np.arange(0, size, CHUNK), dist.get_world_size())[dist.get_rank()]
@@ -453,9 +452,9 @@ def answer_tokens(text: str) -> list[str]:
     return tokens
 
 def answer_hits(run: dict, answers: dict[str, list[str]], body) -> dict[str, dict[str, float]]:
-    """AnswerHit@k of each query: whether one of its answers stands, word for word, in its k best passages.
+    """AnswerHit@k of each query: whether one of its k best passages has an answer, by DPR's `has_answer`.
 
-    body(passage id) is a passage's text without its title. As DPR's `has_answer`.
+    body(passage id) is a passage's text without its title.
     """
     joined, results = lambda tokens: "\0" + "\0".join(tokens) + "\0", {}  # to seek a sequence of tokens in
     for query_id, wanted in answers.items():
@@ -572,8 +571,7 @@ class BiEncoder(nn.Module):
     def forward(self, batches: list[dict]) -> dict:
         """The losses over all queries of the step, by name, from this process's micro-batches.
 
-        Each process computes the loss of all queries with the gradient of its own vectors alone, so the sum
-        of the gradients over processes is that of one process with the whole batch.
+        Each process has the gradient of its own vectors alone: over processes they sum to that of one.
         """
         encoded = []
         for batch in batches:

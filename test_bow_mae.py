@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -840,14 +841,62 @@ def test_a_run_prints_one_line_before_and_a_table_after(corpus, tmp_path, capfd)
         assert len(values) == 2 and line.split() == [name, *values]
 
 
-def test_help_lists_every_field_with_its_help(capsys):
+@pytest.mark.parametrize("kind", [Config, RetrievalConfig])
+def test_help_lists_every_field_with_its_help(kind, capsys):
     with pytest.raises(SystemExit) as stop:
-        bow_mae.parse_config(["--help"])
+        bow_mae.parse_config(["--help"], kind)
     shown = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(kind):
         assert f"--{field.name} " in shown and len(field.metadata["help"]) > 5
         assert " ".join(field.metadata["help"].split())[:40] in shown
+
+
+# ------------------------------------------------------------------------------------------------- the README
+
+README = SCRIPT.with_name("README.md").read_text()
+
+
+def test_every_flag_in_the_readme_exists():
+    flags = {field.name for kind in (Config, RetrievalConfig) for field in dataclasses.fields(kind)}
+    assert set(re.findall(r"--(\w+)", README)) <= flags | {"nproc_per_node", "nnodes", "help"}
+
+
+def test_every_flag_is_used():
+    code = SCRIPT.read_text() + SCRIPT.with_name("eval_retrieval.py").read_text()
+    for kind in (Config, RetrievalConfig):
+        for field in dataclasses.fields(kind):
+            assert re.search(rf"(config|self)\.{field.name}\b", code), field.name
+
+
+def test_the_commands_of_the_quick_start_run(corpus, tmp_path):
+    """As they stand there, but for the installation, which .ci/run does, and with small runs of both."""
+    section = README.split("## Quick start")[1].split("\n## ")[0]
+    commands = re.findall(r"^    pip install .* && (\w.*)$", section, re.MULTILINE)
+    assert commands == ["torchrun bow_mae.py", "pytest"]
+    small = [f"{' '.join(SMALL)} --data {corpus} --output {tmp_path}", "--collect-only --quiet"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command, flags in zip(commands, small):
+        ended = subprocess.run(f"{command} {flags}".split(), cwd=SCRIPT.parent, env=environment, timeout=200)
+        assert ended.returncode == 0
+
+
+def test_the_training_loop_of_the_readme_teaches_the_bag_of_words():
+    """The loop as it stands there, with a fresh model and a collator of transformers."""
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.model_max_length = 32
+    model = bow_mae.load_lm("tiny", tokenizer, 32, seed=0).train()
+    rows = [tokenizer(text, truncation=True, max_length=32) for text in make_texts(2000, longest=6)]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
+    names = {"tokenizer": tokenizer, "model": model, "optimizer": torch.optim.AdamW(model.parameters(), 1e-3),
+             "loader": torch.utils.data.DataLoader(rows * 6, batch_size=64, collate_fn=collator)}
+    torch.manual_seed(0)
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names)
+    unmasked = tokenizer.pad(rows[:64], return_tensors="pt")
+    with torch.no_grad():
+        cls = model.eval().base_model(**unmasked).last_hidden_state[:, 0]
+    coverage = term_coverage(bow_mae.mlm_head(model, cls), unmasked["input_ids"], names["special"]).mean()
+    assert coverage > 0.3  # by chance: 5 of 100 words
 
 
 # -------------------------------------------------------------------------------------------------- bad input
