@@ -102,7 +102,7 @@ class UserError(Exception):
 def parse_config(argv: list[str] | None = None, kind: type = Config):
     """A dataclass of this kind from the command line; UserError for a flag or a value that cannot be."""
     parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False, exit_on_error=False)
-    with blame("--help lists the flags"):
+    with blame("command line (see --help)"):
         (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     for name, value in vars(config).items():
         from_zero = isinstance(value, float) or name in ("warmup_steps", "negatives")
@@ -199,7 +199,8 @@ def find_files(data: str) -> list[Path]:
     local = path.is_dir() or glob.has_magic(data) or data.startswith((".", "/", "~")) or file_format(path)
     formats = {file_format(file) for file in files}
     if (files or local) and (None in formats or len(formats) != 1):
-        raise UserError(f"--data {data}: no such files, or not of one format of {' '.join(FORMATS)} (.gz)")
+        raise UserError(f"--data {data}: no such files, no split `train`, or not of one format of "
+                        f"{' '.join(FORMATS)} (.gz)")
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"--data {file}: the file is empty")
@@ -682,8 +683,8 @@ def find_checkpoint(config) -> str | None:
             return str(folder)
         print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
 
-def write_run(config, device: torch.device, logged: int | None = None) -> None:
-    """Write run.json: how this start was made. Drop metrics.jsonl after `logged` bytes, to be made again."""
+def write_run(config, device: torch.device, logged: int | None = None) -> int | None:
+    """Write run.json: how this start was made. Cut metrics.jsonl to `logged` bytes; returns those it has."""
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
@@ -694,7 +695,7 @@ def write_run(config, device: torch.device, logged: int | None = None) -> None:
             "argv": sys.argv})
         if logged is not None:
             with Path(config.output, "metrics.jsonl").open("a") as log:
-                log.truncate(min(logged, log.tell()))
+                return log.truncate(min(logged, log.tell()))
 
 # ---- evaluation and logs
 
@@ -720,6 +721,8 @@ def evaluate(model: BowMAE, batches: list[BatchEncoding], device) -> dict:
         sums += count * [float(losses["mlm_loss"]), float(losses["bow_loss"]), float(coverage)]
         counts += count
     model.train()
+    if not np.isfinite(sums).all():
+        raise UserError("a held-out loss is not finite: lower --lr, with another --output")
     return dict(zip(("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"), (sums / counts).tolist()))
 
 def write_metrics(config, record: dict) -> None:
@@ -860,7 +863,7 @@ def train(config: Config, device: torch.device) -> None:
     head, positions = together(list, islice(loader, share)), {}  # data that is bad at once ends all
     held_out = together(held_out_batches, config, tokenizer, stream.tables, first=True)
     loader, ddp = chain(head, loader), wrap_ddp(model, head[0].to(device), config.compile)
-    together(write_run, config, device, state.get("logged", 0), first=True)
+    logged = together(write_run, config, device, state.get("logged", 0), first=True)
 
     def _step(step, signals):
         began = time.perf_counter()
@@ -894,8 +897,8 @@ def train(config: Config, device: torch.device) -> None:
               f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
               f"steps of up to {config.batch_size * config.max_length:,} tokens | {device}, {dtype} | "
               f"{sum(len(batch['input_ids']) for batch in held_out)} windows held out", flush=True)
-    if held_out and not state["step"]:
-        together(_evaluate, 0, first=True)
+    if held_out and not logged:
+        together(_evaluate, state["step"], first=True)
     run_steps(config, device, state["step"], _step, _save, _evaluate if held_out else None)
     together(finish, config, first=True)
 
