@@ -1040,16 +1040,18 @@ def test_the_checkpoint_of_another_model_is_refused(unbroken, corpus, workplace,
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_line_in_the_middle_of_a_stream_stops_the_run(workers, workplace, monkeypatch, capfd):
+def test_a_bad_line_in_the_middle_of_a_stream_stops_the_run(workers, tmp_path):
     """Beyond the first 10 MB, which `datasets` parses at once, and the texts that the vocabulary is of."""
-    monkeypatch.setattr(bow_mae, "SAMPLE_BLOCKS", 1)
     lines = [json.dumps({"text": text, "unused": "x" * 2000}) for text in make_texts(6000, longest=10)]
     lines[5432] = '{"text": '
-    Path("a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
     flags = "--data a.jsonl --output out --batch_size 128 --micro_batch_size 64 --steps 100 --workers"
-    error, _ = error_of(capfd, *flags.split(), workers)
-    assert "a.jsonl, line 5433" in error and 5 < max(losses("out")) < 100
-    assert Path(f"out/checkpoint-{max(losses('out')) // 5 * 5}/trainer_state.json").exists()
+    code = "import sys, bow_mae; bow_mae.SAMPLE_BLOCKS = 1; bow_mae.main(sys.argv[1:])"
+    ended = run(*SMALL, *flags.split(), workers, code=code, cwd=tmp_path)
+    last = max(losses(tmp_path / "out"))
+    assert ended.returncode == 2 and ended.stderr.count("error: ") == 1 and "Traceback" not in ended.stderr
+    assert "error: --data a.jsonl, line 5433: " in ended.stderr and 5 < last < 100
+    assert (tmp_path / f"out/checkpoint-{last // 5 * 5}/trainer_state.json").exists()
 
 
 def test_with_two_processes_the_message_appears_once(workplace):
