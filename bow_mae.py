@@ -32,7 +32,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib import metadata, util
 from itertools import chain, islice
@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.benchmark
 import transformers
 from datasets.distributed import split_dataset_by_node
 from tokenizers.trainers import WordPieceTrainer
@@ -81,6 +82,7 @@ class Config:
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
     eval_every: int = HfArg(default=900, help="steps between evaluations on the held-out texts")
     resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a folder of one")
+    bench: bool = HfArg(default=False, help="compare what the objectives cost, and train nothing")
 
     @property
     def parts(self) -> int:
@@ -511,8 +513,10 @@ def learn_tokenizer(config: Config):
         special_tokens=list(tokenizer.get_vocab()) + ["##" + character for character in alphabet]))
     return BertTokenizer(vocab=backend.get_vocab(), model_max_length=max(512, config.max_length))
 
-def load_tokenizer(source: str):
-    """The tokenizer of a model or checkpoint; UserError if it cannot serve."""
+def load_tokenizer(source: str, config: Config | None = None):
+    """The tokenizer of a model or checkpoint, or a new one for a fresh model; UserError if it cannot serve."""
+    if config and source in FRESH:
+        return learn_tokenizer(config)
     with blame(f"--model {source}: no such model, or no tokenizer in it"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast or tokenizer.mask_token is None or tokenizer.pad_token is None:
@@ -699,8 +703,9 @@ def write_run(config, device: torch.device, logged: int | None = None) -> int | 
 
 # ---- evaluation and logs
 
-def held_out_batches(config: Config, tokenizer, tables) -> list[BatchEncoding]:
+def held_out_batches(config: Config, tokenizer) -> list[BatchEncoding]:
     """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
+    tables = special_table(tokenizer, len(tokenizer)), word_table(tokenizer)
     blocks = islice(read_blocks(open_stream(config), config), SAMPLE_BLOCKS)
     texts = [text for block in blocks for text in block if text_hash(text) % 1000 == 0]
     windows = sorted(cut_windows(texts, tokenizer, config.max_length)[:1024], key=len)
@@ -732,6 +737,12 @@ def write_metrics(config, record: dict) -> None:
         with Path(config.output, "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has had, in MB: of PyTorch on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
 def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, seconds: float) -> None:
     """Read the losses of the steps since the last line; UserError at one not finite, else log the last."""
     for step, losses in pending:
@@ -742,13 +753,12 @@ def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, seconds
                 raise UserError(f"the {name} is {losses[name]} at step {step}, the last checkpoint is whole: "
                                 f"lower --lr or set --precision fp32, with another --output")
     rate = totals["tokens"] / seconds
-    memory = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     bar.set_postfix({name: losses[name] for name in losses if "_loss" in name} | {"tokens/s": int(rate)})
     if dist.get_rank() == 0:
         write_metrics(config, {"step": step, **losses, "tokens_per_second": rate,
                                "padding_share": 1 - totals["tokens"] / totals["positions"],
-                               "data_wait_share": totals["waited"] / seconds, "peak_memory_mb": memory})
+                               "data_wait_share": totals["waited"] / seconds,
+                               "peak_memory_mb": peak_memory(device)})
 
 # ---- training loop
 
@@ -808,6 +818,27 @@ def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, we
     dist.all_reduce(total)
     return dict(zip(["loss", *losses], total)) | {"grad_norm": update(ddp, optimizer, scaler, lr)}
 
+def start_loader(config: Config, tokenizer, device, state: dict, kind: type = PretrainingStream):
+    """This process's micro-batches, from a checkpoint's state on: those of a step, and all, without end."""
+    share = config.parts // dist.get_world_size()
+    parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    stream = kind(config, tokenizer, parts, state.get("positions", {}), state["step"] + 1)
+    loader = iter(torch.utils.data.DataLoader(
+        stream, batch_size=None, num_workers=config.workers and math.gcd(config.workers, share),
+        pin_memory=device.type == "cuda", worker_init_fn=leave_signals))
+    head = together(list, islice(loader, share))  # data that is bad at once ends all
+    return head, chain(head, loader)
+
+def next_batches(config: Config, loader, signals: int = 0) -> tuple[list[BatchEncoding], dict, dict, int]:
+    """This process's share of a step; of all: the terms of each loss, tokens and positions, the signals."""
+    began = time.perf_counter()
+    batches = together(list, islice(loader, config.parts // dist.get_world_size()))
+    waited = time.perf_counter() - began
+    counts = [[b["tokens"], b["input_ids"].numel(), *b["terms"].values()] for b in batches]
+    signals, tokens, positions, *terms = agree(numbers=[signals, *np.sum(counts, axis=0)])
+    counts = {"tokens": tokens, "positions": positions, "waited": waited}
+    return batches, dict(zip(batches[0]["terms"], terms)), counts, signals
+
 def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None:
     """Take the steps after `step`, with bar, logs, evaluations and checkpoints; at a signal save and exit.
 
@@ -847,38 +878,24 @@ def train(config: Config, device: torch.device) -> None:
     world_size, dtype = dist.get_world_size(), compute_dtype(config.precision, device)
     checkpoint = together(find_checkpoint, config, first=True)
     source = checkpoint or config.model
-    tokenizer = (together(learn_tokenizer, config, first=True) if source in FRESH
-                 else together(load_tokenizer, source, first=True))
+    tokenizer = together(load_tokenizer, source, config, first=True)
     lm = together(load_lm, source, tokenizer, config.max_length, config.seed)
     model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device).train()
     optimizer, scaler, state = load_optimizer(config, model, checkpoint, device)
     if checkpoint:
         model.decoder.load_state_dict(state["decoder"])
-    share = config.parts // world_size
-    parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    stream = PretrainingStream(config, tokenizer, parts, state.get("positions", {}), state["step"] + 1)
-    loader = iter(torch.utils.data.DataLoader(
-        stream, batch_size=None, num_workers=config.workers and math.gcd(config.workers, share),
-        pin_memory=device.type == "cuda", worker_init_fn=leave_signals))
-    head, positions = together(list, islice(loader, share)), {}  # data that is bad at once ends all
-    held_out = together(held_out_batches, config, tokenizer, stream.tables, first=True)
-    loader, ddp = chain(head, loader), wrap_ddp(model, head[0].to(device), config.compile)
+    head, loader = start_loader(config, tokenizer, device, state)
+    held_out, positions = together(held_out_batches, config, tokenizer, first=True), {}
+    ddp = wrap_ddp(model, head[0].to(device), config.compile)
     logged = together(write_run, config, device, state.get("logged", 0), first=True)
 
     def _step(step, signals):
-        began = time.perf_counter()
-        batches = together(list, islice(loader, share))
-        waited = time.perf_counter() - began
-        counts = np.sum([[batch["tokens"], batch["input_ids"].numel(), *batch["terms"].values()]
-                         for batch in batches], axis=0)
-        signals, tokens, places, *terms = agree(numbers=[signals, *counts])
-        terms = dict(zip(batches[0]["terms"], terms))
+        batches, terms, counts, signals = next_batches(config, loader, signals)
         positions.update({batch["part"]: batch["position"] for batch in batches})
         lr = learning_rate(config, step)
         weight = cosine(config.bow_weight, config.bow_weight_final, step / config.steps)  # λ
         losses = train_step(ddp, optimizer, scaler, batches, terms, lr, weight, device, dtype)
-        totals = {"tokens": tokens, "positions": places, "waited": waited}
-        return losses | {"bow_weight": weight, "lr": lr}, totals, signals
+        return losses | {"bow_weight": weight, "lr": lr}, counts, signals
 
     def _evaluate(step):
         write_metrics(config, {"step": step} | evaluate(model, held_out, device))
@@ -914,12 +931,119 @@ def finish(config) -> None:
             print(f"{name[5:]:<16}{rows[0][name]:>10.4f}{rows[-1][name]:>10.4f}")
     print(f"model saved in {output}")
 
+# ---- benchmark
+
+class PaperMAE(BowMAE):
+    """For --bench alone: `bow` at the cost of the paper's code, with vocabulary logits at every position."""
+
+    def forward(self, batch: BatchEncoding, objective: str | None = None) -> dict:
+        """The losses of BowMAE, by name."""
+        input_ids, chosen = batch["input_ids"], batch["chosen"]
+        labels = torch.full_like(input_ids, -100).flatten()                            # (B·L,)
+        labels[chosen] = input_ids.flatten()[chosen]
+        hidden = self.encode(batch["masked_ids"], batch["attention_mask"])             # (B, L, D)
+        logits = mlm_head(self.lm, hidden).float()                                     # (B, L, V)
+        return {"mlm_loss": F.cross_entropy(logits.flatten(0, 1), labels),
+                "bow_loss": bow_loss(logits[:, 0], input_ids, self.special)}
+
+class PaperStream(PretrainingStream):
+    """For --bench alone: random batches, padded to their longest, as the paper's code makes them."""
+
+    def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
+        """The windows of PretrainingStream in batches of any lengths."""
+        windows, size = list(chain(*super().cut_block(texts, rng))), self.config.micro_batch_size
+        rng.shuffle(windows)
+        return [windows[at : at + size] for at in range(0, len(windows), size)]
+
+def loader_rate(config: Config, tokenizer) -> float:
+    """Tokens a second of one loader process, over two blocks of texts."""
+    stream, marks, tokens = PretrainingStream(config, tokenizer, [0], {}, 1), [], 0
+    for batch in torch.utils.data.DataLoader(stream, batch_size=None, num_workers=1):
+        if batch["position"][2] == 1:  # a block begins
+            marks.append((time.perf_counter(), tokens))
+        if len(marks) == 4:
+            return (tokens - marks[1][1]) / (marks[3][0] - marks[1][0])
+        tokens += batch["tokens"]
+
+def bench_turn(config: Config, ddp, loader, optimizer, scaler, device, dtype) -> dict:
+    """Train for four steps, and tell at what rates, over all processes, with what memory and waiting."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux forgets the peak so far
+            Path("/proc/self/clear_refs").write_text("5")
+    lm, totals, rows, began = ddp.module.lm, Counter(), 0, time.perf_counter()
+    for _ in range(4):
+        batches, terms, counts, _ = next_batches(config, loader)
+        losses = train_step(ddp, optimizer, scaler, batches, terms, config.lr, config.bow_weight, device, dtype)
+        rows += sum(terms[name] for name in losses if name in terms)
+        totals.update(counts)
+    next(ddp.parameters()).sum().item()  # wait for the device
+    seconds = time.perf_counter() - began
+    # 6 operations for a weight (2 forward, 4 backward): of the encoder for each token, of the head for each
+    # row; and 12 · width · length for each layer and token in attention. Padding and a decoder do not count
+    encoder = sum(weight.numel() for name, weight in lm.base_model.named_parameters()
+                  if weight.ndim == 2 and "embeddings" not in name)
+    width, length = lm.config.hidden_size, totals["positions"] / (4 * config.batch_size)
+    flops = 6 * rows * width * (width + lm.config.vocab_size) + totals["tokens"] * (
+        6 * encoder + 12 * lm.config.num_hidden_layers * width * length)
+    return {"samples/s": 4 * config.batch_size / seconds, "tokens/s": totals["tokens"] / seconds,
+            "waiting": totals["waited"] / seconds, "FLOP/s": flops / seconds, "MB": peak_memory(device)}
+
+def bench(config: Config, device: torch.device) -> None:
+    """Train the objectives by turns on the same texts, nine rounds of four steps, and print what each costs.
+
+    `paper` is `bow` as the paper's code computes it. The first round is not counted; the table has medians of
+    the others, and of the ratio to `mlm` in the same round the extremes too. MB is the peak of a process, but
+    for what the other rows keep; MFU is the share that a model needs of the rate of large matrix products.
+    """
+    dtype, runs, kept = compute_dtype(config.precision, device), {}, {}
+    tokenizer = together(load_tokenizer, config.model, config, first=True)
+    for name in ("mlm", "bow", "enhanced", "paper"):
+        kinds = (PaperMAE, PaperStream) if name == "paper" else (BowMAE, PretrainingStream)
+        own = replace(config, objective="bow" if name == "paper" else name)
+        lm = together(load_lm, config.model, tokenizer, config.max_length, config.seed)
+        model = kinds[0](lm, own, special_table(tokenizer, lm.config.vocab_size)).to(device).train()
+        head, loader = start_loader(own, tokenizer, device, {"step": 0}, kinds[1])
+        ddp = wrap_ddp(model, head[0].to(device), config.compile)
+        runs[name] = own, ddp, loader, *load_optimizer(own, model, None, device)[:2]
+        kept[name] = 4 * 4 * sum(weight.numel() for weight in model.parameters()) / 2**20  # AdamW's two, too
+    rounds = [{name: bench_turn(*run, device, dtype) for name, run in runs.items()}
+              for _ in tqdm(range(9), desc="bench", unit="round", disable=dist.get_rank() > 0)][1:]
+    matrix = torch.ones(2 * (8192 if device.type == "cuda" else 1024,), device=device, dtype=dtype)
+    timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix})
+    dense = 2 * len(matrix) ** 3 / timer.timeit(20).median * dist.get_world_size()
+    report = {}
+    for name in runs:
+        turns = [turn[name] for turn in rounds]
+        row = report[name] = {key: float(np.median([turn[key] for turn in turns])) for key in turns[0]}
+        ratios = [turn["tokens/s"] / other["mlm"]["tokens/s"] for turn, other in zip(turns, rounds)]
+        row |= {"x mlm": float(np.median(ratios)), "least": min(ratios), "most": max(ratios)}
+        row |= {"MB": row["MB"] - sum(kept.values()) + kept[name], "MFU": row.pop("FLOP/s") / dense}
+    if dist.get_rank() == 0:
+        print_bench(config, device, report, loader_rate(config, tokenizer), dense)
+
+def print_bench(config: Config, device: torch.device, report: dict, loader: float, dense: float) -> None:
+    """Print what `bench` measured, and write it beside --output."""
+    columns = {"samples/s": 1, "tokens/s": 0, "x mlm": 3, "least": 3, "most": 3, "MB": 0, "waiting": 3,
+               "MFU": 3}
+    print("\n" + " " * 9 + "".join(f"{column:>11}" for column in columns))
+    for name, row in report.items():
+        print(f"{name:<9}" + "".join(f"{row[key]:>11,.{digits}f}" for key, digits in columns.items()))
+    path = Path(f"{config.output}.bench.json")
+    print(f"one loader process: {loader:,.0f} tokens/s | {device}: {dense / 1e9:,.0f} GFLOP/s | in {path}")
+    with blame(f"--output: {path} cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"rows": report, "loader_tokens_per_second": loader, "dense_flops": dense,
+                          "device": str(device), "config": asdict(config)})
+
 def main(argv: list[str] | None = None) -> None:
     """Pre-train with the flags of a command line; exits with 2 and one line on an error the user can mend."""
     logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
     transformers.utils.logging.disable_progress_bar()
     with process_group() as device:
-        train(together(parse_config, argv), device)
+        config = together(parse_config, argv)
+        (bench if config.bench else train)(config, device)
 
 if __name__ == "__main__":
     main()

@@ -668,6 +668,31 @@ def test_losses_in_half_precision_are_near_those_in_float32(precision, unbroken,
     assert close(tmp_path / "out", unbroken, 0.06) and losses(tmp_path / "out") != losses(unbroken)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bench_compares_the_costs_of_the_objectives(processes, corpus, tmp_path):
+    result = run("--bench", "--data", corpus, "--output", tmp_path / "out", processes=processes)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.bench.json"]
+    report = json.loads((tmp_path / "out.bench.json").read_text())
+    assert list(report["rows"]) == ["mlm", "bow", "enhanced", "paper"]
+    for name, row in report["rows"].items():
+        assert 0 < row["least"] <= row["x mlm"] <= row["most"] and row["samples/s"] < row["tokens/s"]
+        assert 0 <= row["waiting"] < 1 and row["MFU"] > 0 and row["MB"] > 0
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
+        assert line.split()[1:4] == [f"{row['samples/s']:,.1f}", f"{row['tokens/s']:,.0f}",
+                                     f"{row['x mlm']:.3f}"]
+    assert report["rows"]["mlm"]["least"] == report["rows"]["mlm"]["most"] == 1
+    assert report["loader_tokens_per_second"] > 0
+
+
+def test_the_reference_of_the_bench_has_the_losses_of_bow(batch):
+    """So what it costs more is for logits that no loss needs."""
+    model = random_model("bow")
+    reference = bow_mae.PaperMAE(model.lm, Config(), model.special)
+    for name, loss in model(batch).items():
+        torch.testing.assert_close(reference(batch)[name], loss)
+
+
 # ----------------------------------------------------------------------------------- checkpoints and resuming
 
 
