@@ -61,11 +61,11 @@ class Config:
     text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space")
     model: str = HfArg(default="tiny", help="masked LM (hub name, folder) or new tiny|mini|small|medium|base")
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's, or a baseline")
-    max_length: int = HfArg(default=32, help="tokens in a window, [CLS] and [SEP] included")
+    max_length: int = HfArg(default=64, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
     bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
     bow_weight_final: float = HfArg(default=5.0, help="λ at the last step, reached by a cosine")
-    steps: int = HfArg(default=3600, help="optimizer steps")
+    steps: int = HfArg(default=2400, help="optimizer steps")
     batch_size: int = HfArg(default=64, help="windows in an optimizer step, over all processes")
     micro_batch_size: int = HfArg(default=32, help="windows in one forward and backward pass")
     lr: float = HfArg(default=2e-3, help="peak learning rate of AdamW")
@@ -80,7 +80,7 @@ class Config:
     save_every: int = HfArg(default=500, help="steps between checkpoints")
     keep: int = HfArg(default=2, help="newest checkpoints that stay")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
-    eval_every: int = HfArg(default=900, help="steps between evaluations on the held-out texts")
+    eval_every: int = HfArg(default=600, help="steps between evaluations on the held-out texts")
     resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a folder of one")
     bench: bool = HfArg(default=False, help="compare what the objectives cost, and train nothing")
 
@@ -93,10 +93,6 @@ class Config:
         """Raise UserError where values do not go together."""
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"--mask_ratio {self.mask_ratio} must lie between 0 and 1")
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.batch_size % (self.micro_batch_size * processes):
-            raise UserError(f"--batch_size {self.batch_size} is not a multiple of --micro_batch_size "
-                            f"{self.micro_batch_size} x {processes} processes")
 
 class UserError(Exception):
     """Something the user can mend; the message says what is wrong, where, and how to mend it."""
@@ -111,6 +107,10 @@ def parse_config(argv: list[str] | None = None, kind: type = Config):
         least = 3 if name.endswith("_length") else 0 if from_zero else 1
         if type(value) in (int, float) and value != getattr(kind, name) and not least <= value < math.inf:
             raise UserError(f"--{name} {value} must be a finite number, at least {least}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % (config.micro_batch_size * processes):
+        raise UserError(f"--batch_size {config.batch_size} is not a multiple of --micro_batch_size "
+                        f"{config.micro_batch_size} x {processes} processes")
     config.check()
     return config
 
@@ -525,17 +525,28 @@ def load_tokenizer(source: str, config: Config | None = None):
         raise UserError(f"--model {source}: its tokenizer puts no [CLS] first, so no vector would be trained")
     return tokenizer
 
+def fresh_lm(size: str, tokenizer):
+    """A new BERT of this size, for short runs: the vector of [CLS] begins with something of all its words."""
+    layers, width, _ = FRESH[size]
+    lm = AutoModelForMaskedLM.from_config(BertConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=layers,
+        hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
+        max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05,  # of BERT: 0.02
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    with torch.no_grad():
+        embeddings = lm.base_model.embeddings
+        for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
+            table.weight.mul_(0.2)  # else they drown the words
+        for layer in lm.base_model.encoder.layer:  # attention hands on what it sees, near the mean of all
+            for linear in (layer.attention.self.value, layer.attention.output.dense):
+                linear.weight.diagonal().add_(1.0)
+    return lm
+
 def load_lm(source: str, tokenizer, max_length: int, seed: int):
     """The masked LM of a model or checkpoint, or a fresh BERT of this seed; UserError if it cannot serve."""
     torch.manual_seed(seed)
     if source in FRESH:
-        layers, width, _ = FRESH[source]
-        # 0.05 instead of the usual 0.02, for short runs from scratch
-        lm = AutoModelForMaskedLM.from_config(BertConfig(
-            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=layers,
-            hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
-            max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        lm = fresh_lm(source, tokenizer)
     else:
         with blame(f"--model {source} is no masked LM"):
             lm, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32,

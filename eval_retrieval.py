@@ -58,7 +58,7 @@ class RetrievalConfig:
     index: str = HfArg(default="Flat", help="a faiss.index_factory string: SQfp16, IVF1024,Flat, HNSW32 ...")
     top_k: int = HfArg(default=1000, help="passages in the run file for each query")
     max_query_length: int = HfArg(default=32, help="tokens of a query")
-    max_passage_length: int = HfArg(default=32, help="tokens of a passage")
+    max_passage_length: int = HfArg(default=64, help="tokens of a passage")
     similarity: Literal["dot", "cos"] = HfArg(default="dot", help="between two [CLS] vectors")
     relevance_level: int = HfArg(default=1, help="least grade that counts as relevant, but for nDCG")
     keep_identical_ids: bool = HfArg(default=False, help="keep a passage whose id is that of its query")
@@ -69,7 +69,7 @@ class RetrievalConfig:
     negatives_file: str = HfArg(default="", help="what `mine` wrote; else others' relevant passages")
     negatives: int = HfArg(default=1, help="hard negatives of a query in a batch")
     temperature: float = HfArg(default=1.0, help="that scores are divided by in the loss")
-    epochs: int = HfArg(default=2, help="passes over the training queries")
+    epochs: int = HfArg(default=1, help="passes over the training queries")
     steps: int = HfArg(default=0, help="optimizer steps; 0: as many as --epochs make")
     batch_size: int = HfArg(default=64, help="queries in an optimizer step, over all processes")
     micro_batch_size: int = HfArg(default=32, help="queries that are padded together")
@@ -87,10 +87,6 @@ class RetrievalConfig:
 
     def check(self) -> None:
         """Raise UserError where values do not go together."""
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.batch_size % (self.micro_batch_size * processes):
-            raise UserError(f"--batch_size {self.batch_size} is not a multiple of --micro_batch_size "
-                            f"{self.micro_batch_size} x {processes} processes")
         if len(self.depth) != 2 or not 1 <= self.depth[0] <= self.depth[1]:
             raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
         if not self.temperature:

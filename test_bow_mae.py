@@ -1098,7 +1098,7 @@ def test_bow_teaches_the_cls_vector_its_words_and_mlm_does_not(tmp_path):
         evaluations = records(tmp_path / objective, "eval_term_coverage")
         coverage[objective] = [row["eval_term_coverage"] for row in evaluations]
     assert coverage["bow"][0] == coverage["mlm"][0] < 0.15
-    assert coverage["mlm"][1] < 0.15 and coverage["bow"][1] > 0.3
+    assert coverage["mlm"][1] < 0.35 and coverage["bow"][1] > 0.6
 
 
 # =============================================================================== retrieval: eval_retrieval.py
@@ -1443,7 +1443,7 @@ def test_finished_vectors_are_used_again_and_others_refused(
     path.write_text('{"key": "that of another model"}')
     assert "another model" in error_of(capfd, *flags, script=eval_retrieval)[0]
     error, _ = error_of(capfd, *flags, "--max_passage_length", 16, script=eval_retrieval)
-    assert "--max_passage_length 32, not 16" in error
+    assert "--max_passage_length 64, not 16" in error
 
 
 def test_compare_finds_no_difference_from_itself_and_one_from_bm25(
