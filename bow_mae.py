@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -514,7 +515,7 @@ def learn_tokenizer(config: Config):
     return BertTokenizer(vocab=backend.get_vocab(), model_max_length=max(512, config.max_length))
 
 def load_tokenizer(source: str, config: Config | None = None):
-    """The tokenizer of a model or checkpoint, or a new one for a fresh model; UserError if it cannot serve."""
+    """The tokenizer of a model or checkpoint, or one learnt for a new model; UserError if it cannot serve."""
     if config and source in FRESH:
         return learn_tokenizer(config)
     with blame(f"--model {source}: no such model, or no tokenizer in it"):
@@ -539,7 +540,7 @@ def fresh_lm(size: str, tokenizer):
             table.weight.mul_(0.2)  # else they drown the words
         for layer in lm.base_model.encoder.layer:  # attention hands on what it sees, near the mean of all
             for linear in (layer.attention.self.value, layer.attention.output.dense):
-                linear.weight.diagonal().add_(1.0)
+                linear.weight.diagonal().add_(0.5)
     return lm
 
 def load_lm(source: str, tokenizer, max_length: int, seed: int):
@@ -687,7 +688,7 @@ def find_checkpoint(config) -> str | None:
             raise UserError(f"--resume {path} is no whole checkpoint, or not the newest of --output")
         checkpoints, earlier[path] = [path], manifest["config"]
     # no loss depends on these, so they may change between the starts of one run
-    free = {"workers", "output", "save_every", "keep", "log_every", "eval_every", "resume", "compare"}
+    free = "workers output save_every keep log_every eval_every resume compare bench".split()
     for where, flags in earlier.items():
         for name, value in asdict(config).items():
             if name not in free and flags.get(name) != value:
@@ -962,14 +963,14 @@ class PaperStream(PretrainingStream):
 
     def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
         """The windows of PretrainingStream in batches of any lengths."""
-        windows, size = list(chain(*super().cut_block(texts, rng))), self.config.micro_batch_size
-        rng.shuffle(windows)
-        return [windows[at : at + size] for at in range(0, len(windows), size)]
+        batches = super().cut_block(texts, rng)
+        rng.shuffle(windows := list(chain(*batches)))
+        return [windows[i :: len(batches)] for i in range(len(batches))]
 
 def loader_rate(config: Config, tokenizer) -> float:
     """Tokens a second of one loader process, over two blocks of texts."""
     stream, marks, tokens = PretrainingStream(config, tokenizer, [0], {}, 1), [], 0
-    for batch in torch.utils.data.DataLoader(stream, batch_size=None, num_workers=1):
+    for batch in torch.utils.data.DataLoader(stream, None, num_workers=1, worker_init_fn=leave_signals):
         if batch["position"][2] == 1:  # a block begins
             marks.append((time.perf_counter(), tokens))
         if len(marks) == 4:
@@ -978,37 +979,41 @@ def loader_rate(config: Config, tokenizer) -> float:
 
 def bench_turn(config: Config, ddp, loader, optimizer, scaler, device, dtype) -> dict:
     """Train for four steps, and tell at what rates, over all processes, with what memory and waiting."""
+    for _ in range(2 if config.workers else 0):  # what was loaded in the turns of others does not count
+        next_batches(config, loader)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux forgets the peak so far
-            Path("/proc/self/clear_refs").write_text("5")
-    lm, totals, rows, began = ddp.module.lm, Counter(), 0, time.perf_counter()
+    elif Path("/proc/self/clear_refs").exists():  # Linux forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5")
+    lm, totals, began = ddp.module.lm, Counter(), time.perf_counter()
     for _ in range(4):
         batches, terms, counts, _ = next_batches(config, loader)
-        losses = train_step(ddp, optimizer, scaler, batches, terms, config.lr, config.bow_weight, device, dtype)
-        rows += sum(terms[name] for name in losses if name in terms)
-        totals.update(counts)
+        losses = train_step(ddp, optimizer, scaler, batches, terms, config.lr, config.bow_weight, device,
+                            dtype)
+        totals.update(counts, windows=terms["bow_loss"], rows=sum(terms.get(name, 0) for name in losses))
     next(ddp.parameters()).sum().item()  # wait for the device
     seconds = time.perf_counter() - began
-    # 6 operations for a weight (2 forward, 4 backward): of the encoder for each token, of the head for each
-    # row; and 12 · width · length for each layer and token in attention. Padding and a decoder do not count
-    encoder = sum(weight.numel() for name, weight in lm.base_model.named_parameters()
-                  if weight.ndim == 2 and "embeddings" not in name)
-    width, length = lm.config.hidden_size, totals["positions"] / (4 * config.batch_size)
-    flops = 6 * rows * width * (width + lm.config.vocab_size) + totals["tokens"] * (
-        6 * encoder + 12 * lm.config.num_hidden_layers * width * length)
-    return {"samples/s": 4 * config.batch_size / seconds, "tokens/s": totals["tokens"] / seconds,
+    # 6 operations for a weight (2 forward, 4 backward): of the encoder, and a decoder, for each token, of the
+    # head for each row that a loss needs; 12 · width · mean length for each layer and token in attention, as
+    # if all of it were global. Padding does not count
+    weights = [*lm.base_model.named_parameters(), *ddp.module.decoder.named_parameters()]
+    matrices = sum(w.numel() for name, w in weights if w.ndim == 2 and not re.search("embed|positions", name))
+    width, layers = lm.config.hidden_size, lm.config.num_hidden_layers + (config.objective == "enhanced")
+    flops = 6 * totals["rows"] * width * (width + lm.config.vocab_size) + totals["tokens"] * (
+        6 * matrices + 12 * layers * width * totals["tokens"] / totals["windows"])
+    return {"samples/s": totals["windows"] / seconds, "tokens/s": totals["tokens"] / seconds,
             "waiting": totals["waited"] / seconds, "FLOP/s": flops / seconds, "MB": peak_memory(device)}
 
 def bench(config: Config, device: torch.device) -> None:
-    """Train the objectives by turns on the same texts, nine rounds of four steps, and print what each costs.
+    """Train the objectives by turns on the same texts, ten rounds of four steps, and print what each costs.
 
-    `paper` is `bow` as the paper's code computes it. The first round is not counted; the table has medians of
-    the others, and of the ratio to `mlm` in the same round the extremes too. MB is the peak of a process, but
-    for what the other rows keep; MFU is the share that a model needs of the rate of large matrix products.
+    `paper` is `bow` as the paper's code computes it. The first two rounds are not counted; the table has the
+    medians of the others, and of the ratio to `mlm` in the same round the extremes too. MB is the peak of a
+    process, but for what the other rows keep; MFU is the share that a model needs of the rate of large matrix
+    products; waiting is that of the first process. It needs more memory than training, for `paper` above all.
     """
     dtype, runs, kept = compute_dtype(config.precision, device), {}, {}
+    torch._dynamo.config.recompile_limit = 64  # all objectives share one forward
     tokenizer = together(load_tokenizer, config.model, config, first=True)
     for name in ("mlm", "bow", "enhanced", "paper"):
         kinds = (PaperMAE, PaperStream) if name == "paper" else (BowMAE, PretrainingStream)
@@ -1017,12 +1022,13 @@ def bench(config: Config, device: torch.device) -> None:
         model = kinds[0](lm, own, special_table(tokenizer, lm.config.vocab_size)).to(device).train()
         head, loader = start_loader(own, tokenizer, device, {"step": 0}, kinds[1])
         ddp = wrap_ddp(model, head[0].to(device), config.compile)
-        runs[name] = own, ddp, loader, *load_optimizer(own, model, None, device)[:2]
+        runs[name] = own, ddp, loader, *load_optimizer(own, model, None, device)[:2], device, dtype
         kept[name] = 4 * 4 * sum(weight.numel() for weight in model.parameters()) / 2**20  # AdamW's two, too
-    rounds = [{name: bench_turn(*run, device, dtype) for name, run in runs.items()}
-              for _ in tqdm(range(9), desc="bench", unit="round", disable=dist.get_rank() > 0)][1:]
-    matrix = torch.ones(2 * (8192 if device.type == "cuda" else 1024,), device=device, dtype=dtype)
-    timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix})
+    rounds = [{name: bench_turn(*run) for name, run in runs.items()}
+              for _ in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0)][2:]
+    matrix = torch.randn(2 * (8192 if device.type == "cuda" else 1024,), device=device).to(dtype)
+    timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix},
+                                        num_threads=torch.get_num_threads())
     dense = 2 * len(matrix) ** 3 / timer.timeit(20).median * dist.get_world_size()
     report = {}
     for name in runs:
@@ -1030,23 +1036,25 @@ def bench(config: Config, device: torch.device) -> None:
         row = report[name] = {key: float(np.median([turn[key] for turn in turns])) for key in turns[0]}
         ratios = [turn["tokens/s"] / other["mlm"]["tokens/s"] for turn, other in zip(turns, rounds)]
         row |= {"x mlm": float(np.median(ratios)), "least": min(ratios), "most": max(ratios)}
-        row |= {"MB": row["MB"] - sum(kept.values()) + kept[name], "MFU": row.pop("FLOP/s") / dense}
-    if dist.get_rank() == 0:
-        print_bench(config, device, report, loader_rate(config, tokenizer), dense)
+        row |= {"MB": max(turn["MB"] for turn in turns) - sum(kept.values()) + kept[name],
+                "MFU": row.pop("FLOP/s") / dense}
+    together(print_bench, config, device, tokenizer, report, dense, first=True)
 
-def print_bench(config: Config, device: torch.device, report: dict, loader: float, dense: float) -> None:
-    """Print what `bench` measured, and write it beside --output."""
+def print_bench(config: Config, device: torch.device, tokenizer, report: dict, dense: float) -> None:
+    """Print what `bench` measured and the rate of a loader process, and write them beside --output."""
     columns = {"samples/s": 1, "tokens/s": 0, "x mlm": 3, "least": 3, "most": 3, "MB": 0, "waiting": 3,
                "MFU": 3}
     print("\n" + " " * 9 + "".join(f"{column:>11}" for column in columns))
     for name, row in report.items():
         print(f"{name:<9}" + "".join(f"{row[key]:>11,.{digits}f}" for key, digits in columns.items()))
-    path = Path(f"{config.output}.bench.json")
-    print(f"one loader process: {loader:,.0f} tokens/s | {device}: {dense / 1e9:,.0f} GFLOP/s | in {path}")
+    path, loader = Path(f"{Path(config.output)}.bench.json"), loader_rate(config, tokenizer)
+    print(f"one loader process: {loader:,.0f} tokens/s | {device}, {dist.get_world_size()} process(es): "
+          f"{dense / 1e9:,.0f} GFLOP/s | in {path}")
     with blame(f"--output: {path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"rows": report, "loader_tokens_per_second": loader, "dense_flops": dense,
-                          "device": str(device), "config": asdict(config)})
+                          "world_size": dist.get_world_size(), "device": str(device),
+                          "config": asdict(config)})
 
 def main(argv: list[str] | None = None) -> None:
     """Pre-train with the flags of a command line; exits with 2 and one line on an error the user can mend."""
