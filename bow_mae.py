@@ -540,7 +540,7 @@ def fresh_lm(size: str, tokenizer):
             table.weight.mul_(0.2)  # else they drown the words
         for layer in lm.base_model.encoder.layer:  # attention hands on what it sees, near the mean of all
             for linear in (layer.attention.self.value, layer.attention.output.dense):
-                linear.weight.diagonal().add_(0.5)
+                linear.weight.diagonal().add_(0.75)
     return lm
 
 def load_lm(source: str, tokenizer, max_length: int, seed: int):
