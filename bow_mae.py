@@ -66,7 +66,7 @@ class Config:
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
     bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
     bow_weight_final: float = HfArg(default=5.0, help="λ at the last step, reached by a cosine")
-    steps: int = HfArg(default=2400, help="optimizer steps")
+    steps: int = HfArg(default=1800, help="optimizer steps")
     batch_size: int = HfArg(default=64, help="windows in an optimizer step, over all processes")
     micro_batch_size: int = HfArg(default=32, help="windows in one forward and backward pass")
     lr: float = HfArg(default=2e-3, help="peak learning rate of AdamW")

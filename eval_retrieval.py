@@ -58,7 +58,7 @@ class RetrievalConfig:
     index: str = HfArg(default="Flat", help="a faiss.index_factory string: SQfp16, IVF1024,Flat, HNSW32 ...")
     top_k: int = HfArg(default=1000, help="passages in the run file for each query")
     max_query_length: int = HfArg(default=32, help="tokens of a query")
-    max_passage_length: int = HfArg(default=64, help="tokens of a passage")
+    max_passage_length: int = HfArg(default=96, help="tokens of a passage")
     similarity: Literal["dot", "cos"] = HfArg(default="dot", help="between two [CLS] vectors")
     relevance_level: int = HfArg(default=1, help="least grade that counts as relevant, but for nDCG")
     keep_identical_ids: bool = HfArg(default=False, help="keep a passage whose id is that of its query")
@@ -532,10 +532,11 @@ class FinetuningSteps(torch.utils.data.Dataset):
         for first in self.mine:
             queries, passages, scores = zip(*(self.draw(int(i), epoch)
                                               for i in chosen[first : first + config.micro_batch_size]))
+            passages = self.task.texts(sum(passages, [])) if self.task else sum(passages, [])
             batch = {"seed": hash((config.seed, step, first)),  # of integers: the same in every process
                      "teacher": torch.tensor(np.array(scores, np.float32))}            # NaN where None
             for side, texts, length in (("queries", list(queries), config.max_query_length),
-                                        ("passages", sum(passages, []), config.max_passage_length)):
+                                        ("passages", passages, config.max_passage_length)):
                 batch[side] = self.tokenizer(texts, truncation=True, max_length=length, padding=True,
                                              return_tensors="pt")                      # (N, L)
             batches.append(batch)
@@ -555,7 +556,7 @@ class FinetuningSteps(torch.utils.data.Dataset):
         if example.get("negatives_scores"):
             given = example["negatives_scores"]
             scores = [example["positives_scores"][positive], *(given[pick] for pick in picks)]
-        return example["query"], self.task.texts(passages) if self.task else passages, scores
+        return example["query"], passages, scores
 
 class BiEncoder(nn.Module):
     """InfoNCE of queries against the passages of all queries in the step, on all processes (paper §4.2)."""

@@ -1443,7 +1443,7 @@ def test_finished_vectors_are_used_again_and_others_refused(
     path.write_text('{"key": "that of another model"}')
     assert "another model" in error_of(capfd, *flags, script=eval_retrieval)[0]
     error, _ = error_of(capfd, *flags, "--max_passage_length", 16, script=eval_retrieval)
-    assert "--max_passage_length 64, not 16" in error
+    assert "--max_passage_length 96, not 16" in error
 
 
 def test_compare_finds_no_difference_from_itself_and_a_large_one_from_its_reverse(
