@@ -62,11 +62,11 @@ class Config:
     text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space")
     model: str = HfArg(default="tiny", help="masked LM (hub name, folder) or new tiny|mini|small|medium|base")
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's, or a baseline")
-    max_length: int = HfArg(default=64, help="tokens in a window, [CLS] and [SEP] included")
+    max_length: int = HfArg(default=32, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
     bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
     bow_weight_final: float = HfArg(default=5.0, help="λ at the last step, reached by a cosine")
-    steps: int = HfArg(default=1800, help="optimizer steps")
+    steps: int = HfArg(default=2700, help="optimizer steps")
     batch_size: int = HfArg(default=64, help="windows in an optimizer step, over all processes")
     micro_batch_size: int = HfArg(default=32, help="windows in one forward and backward pass")
     lr: float = HfArg(default=2e-3, help="peak learning rate of AdamW")
@@ -81,7 +81,7 @@ class Config:
     save_every: int = HfArg(default=500, help="steps between checkpoints")
     keep: int = HfArg(default=2, help="newest checkpoints that stay")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
-    eval_every: int = HfArg(default=600, help="steps between evaluations on the held-out texts")
+    eval_every: int = HfArg(default=450, help="steps between evaluations on the held-out texts")
     resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a folder of one")
     bench: bool = HfArg(default=False, help="compare what the objectives cost, and train nothing")
 
@@ -132,7 +132,8 @@ def blame(what: str, config: Config | None = None):
     except UserError:
         raise
     except Exception as error:  # of any kind: StopIteration for an empty file, those of zlib, Arrow, the hub
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        said = "no record in it" if isinstance(error, StopIteration) else str(error) or type(error).__name__
+        reason = " ".join(said.split())[:300]
         raise UserError(config and find_bad_line(config) or f"{what}: {reason}") from error
 
 def find_bad_line(config: Config) -> str | None:
@@ -143,6 +144,8 @@ def find_bad_line(config: Config) -> str | None:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
                 for number, line in enumerate(lines if kind in ("json", "csv", "text") else [], 1):
                     text = line.decode("utf-8-sig")
+                    if kind == "json" and number == 1 and text.lstrip().startswith("["):
+                        break  # an array, which spans lines
                     if kind == "json" and text.strip():
                         join_columns(json.loads(text), config.text_columns)
         except (ValueError, EOFError, OSError, zlib.error) as error:
@@ -195,7 +198,7 @@ def file_format(path: Path) -> str | None:
 def find_files(data: str) -> list[Path]:
     """The local files of --data, of one format, of a folder as FOLDERS says; none for a hub name."""
     path = Path(data).expanduser()
-    files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if path.is_dir():
         found = (sorted(filter(file_format, path.glob(pattern))) for pattern in FOLDERS)
         files = next(filter(None, found), [])
@@ -217,7 +220,8 @@ def open_stream(config: Config) -> datasets.IterableDataset:
     name, subset, split = (config.data.split(":") + ["", ""])[:3]
     options = {"path": name, "name": subset or None, "split": split or "train"}
     if files:
-        options = {"path": file_format(files[0]), "data_files": list(map(str, files)), "split": "train"}
+        options = {"path": file_format(files[0]), "data_files": [glob.escape(str(file)) for file in files],
+                   "split": "train"}
         if options["path"] == "csv":  # a cell is a text, even "1" or "NA"
             options |= {"converters": dict.fromkeys(config.text_columns, str), "keep_default_na": False}
     with blame(f"--data {config.data}" + ("" if files else ", no file here, as a hub dataset"), config):
@@ -580,7 +584,7 @@ def learning_rate(config: Config, step: int) -> float:
 @contextlib.contextmanager
 def process_group():
     """Join the processes of torchrun, or be a group of one; yields the device. CPU tensors travel by gloo."""
-    device, backend = torch.accelerator.current_accelerator() or torch.device("cpu"), "gloo"
+    device, backend = torch.accelerator.current_accelerator(True) or torch.device("cpu"), "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
@@ -793,12 +797,14 @@ def load_optimizer(config, model, checkpoint: str | None, device):
         scaler.load_state_dict(state["scaler"])
     return optimizer, scaler, state
 
-def wrap_ddp(model, batch, compiled: bool = False) -> nn.Module:
+def wrap_ddp(model, batch, device, dtype, compiled: bool = False) -> nn.Module:
     """The model under DDP, after one backward pass whose gradients are thrown away."""
     # DDP lays its buckets out anew after its first pass; then a resumed run sums gradients in the same order
     model = torch.compile(model, dynamic=True) if compiled else model
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    sum(ddp(batch).values()).backward()
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = sum(ddp(batch).values())
+    loss.backward()
     ddp.zero_grad()
     return ddp
 
@@ -898,7 +904,7 @@ def train(config: Config, device: torch.device) -> None:
         model.decoder.load_state_dict(state["decoder"])
     head, loader = start_loader(config, tokenizer, device, state)
     held_out, positions = together(held_out_batches, config, tokenizer, first=True), {}
-    ddp = wrap_ddp(model, head[0].to(device), config.compile)
+    ddp = wrap_ddp(model, head[0].to(device), device, dtype, config.compile)
     logged = together(write_run, config, device, state.get("logged", 0), first=True)
 
     def _step(step, signals):
@@ -935,7 +941,8 @@ def finish(config) -> None:
     """Put the model of the last checkpoint into --output, and print what the run changed."""
     output, ours = Path(config.output), shutil.ignore_patterns("trainer_state.json", "training_state.pt")
     with blame(f"--output: the model cannot be written to {output}; mend that and give the command again"):
-        shutil.copytree(list_checkpoints(output)[0], output, ignore=ours, dirs_exist_ok=True)
+        newest = (list_checkpoints(output) or [config.resume])[0]  # the second, where it had no step to go
+        shutil.copytree(newest, output, ignore=ours, dirs_exist_ok=True)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").open() if '"eval_' in line]
     if rows:
         print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
@@ -1021,7 +1028,7 @@ def bench(config: Config, device: torch.device) -> None:
         lm = together(load_lm, config.model, tokenizer, config.max_length, config.seed)
         model = kinds[0](lm, own, special_table(tokenizer, lm.config.vocab_size)).to(device).train()
         head, loader = start_loader(own, tokenizer, device, {"step": 0}, kinds[1])
-        ddp = wrap_ddp(model, head[0].to(device), config.compile)
+        ddp = wrap_ddp(model, head[0].to(device), device, dtype, config.compile)
         runs[name] = own, ddp, loader, *load_optimizer(own, model, None, device)[:2], device, dtype
         kept[name] = 4 * 4 * sum(weight.numel() for weight in model.parameters()) / 2**20  # AdamW's two, too
     rounds = [{name: bench_turn(*run) for name, run in runs.items()}

@@ -624,7 +624,7 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
     loader = iter(torch.utils.data.DataLoader(
         stream, batch_size=None, sampler=range(state["step"] + 1, steps + 1), num_workers=config.workers,
         worker_init_fn=bow_mae.leave_signals))
-    ddp = bow_mae.wrap_ddp(model, together(stream.__getitem__, 1))
+    ddp = bow_mae.wrap_ddp(model, together(stream.__getitem__, 1), device, dtype)
     together(bow_mae.write_run, config, device, state.get("logged", 0), first=True)
 
     def _step(step, signals):

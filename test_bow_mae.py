@@ -577,6 +577,15 @@ def test_every_format_gives_the_same_texts(tmp_path):
     assert len(found) == 13 and [name for name in found if found[name] != sorted(texts)] == []
 
 
+def test_a_name_may_have_the_characters_of_a_glob(tmp_path):
+    texts = make_texts(40, evaluated=0, longest=10)
+    (tmp_path / "[new] a?").mkdir()
+    write_jsonl(tmp_path / "[new] a?" / "c[1].jsonl", texts)
+    for data in "[new] a?", "[new] a?/c[1].jsonl":
+        config = Config(data=str(tmp_path / data), batch_size=8, micro_batch_size=4)
+        assert texts_of(config, word_tokenizer(WORDS)) == sorted(texts)
+
+
 def test_docstrings_are_split_into_query_and_text_and_tests_left_out(tmp_path, monkeypatch):
     package = tmp_path / "spoons"
     (package / "tests").mkdir(parents=True)
@@ -784,6 +793,11 @@ def test_a_run_may_go_on_in_another_folder(unbroken, corpus, tmp_path):
     assert same_weights(tmp_path / "out", unbroken)
 
 
+def test_a_run_that_goes_on_from_the_end_of_another_leaves_its_model(unbroken, corpus, tmp_path):
+    main("--data", corpus, "--output", tmp_path / "out", "--resume", unbroken / "checkpoint-20")
+    assert same_weights(tmp_path / "out", unbroken)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(corpus, tmp_path, capfd):
     message, _ = error_of(capfd, "--data", corpus, "--output", tmp_path / "out", "--lr", 1e30)
     last = max(losses(tmp_path / "out"))
@@ -970,7 +984,8 @@ BAD_FILES = {  # name, content, what the message must say
     "nothing": ("a.jsonl", GOOD + '{"title": "b"}\n', "a.jsonl, line 51: column 'text'"),
     "numbers alone": ("a.jsonl", '{"text": 1}\n{"text": 2}\n', "a.jsonl, line 1: column 'text' is 1"),
     "no object": ("a.jsonl", GOOD + "[1, 2]\n", "a.jsonl, line 51"),
-    "null in a list": ("a.json", '[\n {"text": "ba"},\n {"text": null}\n]', "a.json"),
+    "null in a list": ("a.json", '[\n {"text": "ba"},\n {"text": null}\n]', "a.json: column 'text' is null"),
+    "blank": ("a.jsonl", "\n\n", "a.jsonl: no record in it"),
     "latin-1 json": ("a.jsonl", (GOOD + '{"text": "café"}\n').encode("latin-1"), "a.jsonl, line 51"),
     "latin-1 text": ("a.txt", "ba ke\ncafé\n".encode("latin-1"), "a.txt, line 2"),
     "latin-1 csv": ("a.csv", "text\ncafé\n".encode("latin-1"), "a.csv, line 2"),
