@@ -10,7 +10,8 @@ A small BERT from scratch on the documentation of the installed Python packages,
 The paper's first stage on 8 GPUs (other numbers of processes, or --nnodes, give the same batches and losses):
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data wikimedia/wikipedia:20231101.en \
         --max_length 512 --steps 140000 --batch_size 2048 --micro_batch_size 64 --lr 3e-4 \
-        --warmup_steps 4000 --bow_weight 1 --bow_weight_final 0.1 --workers 4 --output out/wikipedia
+        --lr_final_ratio 0.1 --warmup_steps 4000 --bow_weight 1 --bow_weight_final 0.1 --workers 4 \
+        --output out/wikipedia
 A run that was stopped or killed goes on where it was when the same command is given again.
 """
 
@@ -62,15 +63,15 @@ class Config:
     text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space")
     model: str = HfArg(default="tiny", help="masked LM (hub name, folder) or new tiny|mini|small|medium|base")
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's, or a baseline")
-    max_length: int = HfArg(default=32, help="tokens in a window, [CLS] and [SEP] included")
+    max_length: int = HfArg(default=64, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
     bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
     bow_weight_final: float = HfArg(default=5.0, help="λ at the last step, reached by a cosine")
-    steps: int = HfArg(default=2700, help="optimizer steps")
+    steps: int = HfArg(default=1500, help="optimizer steps")
     batch_size: int = HfArg(default=64, help="windows in an optimizer step, over all processes")
     micro_batch_size: int = HfArg(default=32, help="windows in one forward and backward pass")
     lr: float = HfArg(default=2e-3, help="peak learning rate of AdamW")
-    lr_final_ratio: float = HfArg(default=0.1, help="last learning rate over the peak, reached by a cosine")
+    lr_final_ratio: float = HfArg(default=0.01, help="last learning rate over the peak, reached by a cosine")
     warmup_steps: int = HfArg(default=200, help="steps of linear warm-up")
     weight_decay: float = HfArg(default=0.01, help="of AdamW, on matrices alone")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 if native")
@@ -81,7 +82,7 @@ class Config:
     save_every: int = HfArg(default=500, help="steps between checkpoints")
     keep: int = HfArg(default=2, help="newest checkpoints that stay")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
-    eval_every: int = HfArg(default=450, help="steps between evaluations on the held-out texts")
+    eval_every: int = HfArg(default=300, help="steps between evaluations on the held-out texts")
     resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a folder of one")
     bench: bool = HfArg(default=False, help="compare what the objectives cost, and train nothing")
 
