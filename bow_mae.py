@@ -99,7 +99,7 @@ class Config:
 class UserError(Exception):
     """Something the user can mend; the message says what is wrong, where, and how to mend it."""
 
-def parse_config(argv: list[str] | None = None, kind: type = Config):
+def parse_config(argv: list[str] | None = None, kind: type = Config, trains: bool = True):
     """A dataclass of this kind from the command line; UserError for a flag or a value that cannot be."""
     parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False, exit_on_error=False)
     with blame("command line (see --help)"):
@@ -109,7 +109,7 @@ def parse_config(argv: list[str] | None = None, kind: type = Config):
         least = 3 if name.endswith("_length") else 0 if from_zero else 1
         if type(value) in (int, float) and value != getattr(kind, name) and not least <= value < math.inf:
             raise UserError(f"--{name} {value} must be a finite number, at least {least}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if trains else 1
     if config.batch_size % (config.micro_batch_size * processes):
         raise UserError(f"--batch_size {config.batch_size} is not a multiple of --micro_batch_size "
                         f"{config.micro_batch_size} x {processes} processes")

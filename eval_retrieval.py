@@ -188,7 +188,7 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
         docs = bow_mae.python_docs()
         splits = {"train": range(2, 10), "dev": [1], "test": [0], "all": range(10)}
         if split not in splits:
-            raise UserError(f"--split {split}: python-docs has {' '.join(splits)}")
+            raise UserError(f"--data python-docs has no split {split}, but {' '.join(splits)}")
         passages = docs.remove_columns("query").add_column("title", [""] * len(docs))
         chosen = [(name, query) for name, query in zip(docs["_id"], docs["query"])
                   if bow_mae.text_hash(name) % 10 in splits[split]]
@@ -532,11 +532,10 @@ class FinetuningSteps(torch.utils.data.Dataset):
         for first in self.mine:
             queries, passages, scores = zip(*(self.draw(int(i), epoch)
                                               for i in chosen[first : first + config.micro_batch_size]))
-            passages = self.task.texts(sum(passages, [])) if self.task else sum(passages, [])
             batch = {"seed": hash((config.seed, step, first)),  # of integers: the same in every process
                      "teacher": torch.tensor(np.array(scores, np.float32))}            # NaN where None
             for side, texts, length in (("queries", list(queries), config.max_query_length),
-                                        ("passages", passages, config.max_passage_length)):
+                                        ("passages", sum(passages, []), config.max_passage_length)):
                 batch[side] = self.tokenizer(texts, truncation=True, max_length=length, padding=True,
                                              return_tensors="pt")                      # (N, L)
             batches.append(batch)
@@ -547,16 +546,16 @@ class FinetuningSteps(torch.utils.data.Dataset):
         example, count = self.examples[i], self.config.negatives
         rng = np.random.default_rng([self.config.seed, epoch, i])
         positive, pool = rng.integers(len(example["positives"])), example["negatives"]
-        if not len(pool):  # a positive of another query
-            other = i + 1 + int(rng.integers(max(len(self.examples) - 1, 1)))
-            pool = self.examples[other % len(self.examples)]["positives"]
+        if not len(pool):  # passages of other queries
+            others = (i + 1 + rng.integers(max(len(self.examples) - 1, 1), size=count)) % len(self.examples)
+            pool = [self.examples[int(other)]["positives"][0] for other in others]
         picks = rng.choice(len(pool), count, replace=len(pool) < count)
         passages = [example["positives"][positive], *(pool[pick] for pick in picks)]
         scores = [None] * len(passages)
         if example.get("negatives_scores"):
             given = example["negatives_scores"]
             scores = [example["positives_scores"][positive], *(given[pick] for pick in picks)]
-        return example["query"], passages, scores
+        return example["query"], self.task.texts(passages) if self.task else passages, scores
 
 class BiEncoder(nn.Module):
     """InfoNCE of queries against the passages of all queries in the step, on all processes (paper §4.2)."""
@@ -706,8 +705,9 @@ def report(config: RetrievalConfig, task: Task, found, other: dict | None = None
     answered = answer_hits(run, task.answers, lambda name: task.passages[task.rows[name]]["text"] or "")
     means = mean(results) | mean(answered) | {"queries/s": len(run) / seconds}
     with blame(f"--output {output} cannot be written"):
+        tag = Path(config.model).name.replace(" ", "_")  # a space would end the field
         with (output / "run.trec").open("w") as file:
-            file.writelines(f"{query_id} Q0 {name} {rank} {hits[name]!r} {Path(config.model).name}\n"
+            file.writelines(f"{query_id} Q0 {name} {rank} {hits[name]!r} {tag}\n"
                             for query_id, hits in run.items() for rank, name in enumerate(hits, 1))
         (output / "qrels.trec").write_text("".join(
             f"{query_id} 0 {name} {grade}\n" for query_id in task.qrels
@@ -810,7 +810,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{words[-1]!r} is no flag; a text to search or explain needs quotation marks")
         if words[:1] == ["explain"] and not "".join(words[1:]).strip():
             raise UserError("explain needs a text, in quotation marks")
-        return bow_mae.parse_config(argv[len(words) :], RetrievalConfig)
+        return bow_mae.parse_config(argv[len(words) :], RetrievalConfig, words[:1] in ([], ["finetune"]))
 
     with bow_mae.process_group() as device:
         config, command = together(_parse), COMMANDS[words[0]] if words else recipe

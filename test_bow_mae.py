@@ -17,6 +17,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -909,6 +910,17 @@ def test_every_flag_in_the_readme_exists():
     assert set(re.findall(r"--(\w+)", README)) <= flags | others
 
 
+def test_the_commands_of_the_paper_parse_under_their_number_of_processes(monkeypatch):
+    lines = re.findall(r"^    torchrun --nproc_per_node (\d+) (.*)$", README.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) >= 8
+    for processes, command in lines:
+        script, *words = shlex.split(command)
+        kind = {"bow_mae.py": Config, "eval_retrieval.py": RetrievalConfig}[script]
+        task = [words.pop(0)] if words and not words[0].startswith("-") else []
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        bow_mae.parse_config(words, kind, trains=task in ([], ["finetune"]))
+
+
 def test_every_flag_is_used():
     code = SCRIPT.read_text() + SCRIPT.with_name("eval_retrieval.py").read_text()
     for kind in (Config, RetrievalConfig):
@@ -1464,7 +1476,7 @@ def test_finished_vectors_are_used_again_and_others_refused(
 def test_compare_finds_no_difference_from_itself_and_a_large_one_from_its_reverse(
         evaluated, unfinetuned, beir, tmp_path, capfd):
     rows = [line.split() for line in (evaluated / "run.trec").read_text().splitlines()]
-    backwards = [f"{query} Q0 {passage} {rank} {-float(score)} tag\n" for query, _, passage, rank, score, _ in rows]
+    backwards = [f"{query} Q0 {passage} 1 {-float(score)} tag\n" for query, _, passage, _, score, _ in rows]
     (tmp_path / "backwards.trec").write_text("".join(backwards))
     found = {}
     for name, theirs in ("same", evaluated / "run.trec"), ("reverse", tmp_path / "backwards.trec"):
@@ -1638,6 +1650,15 @@ def test_an_example_has_a_positive_first_and_new_negatives_in_each_epoch(beir, m
     mined_rows = examples[7]["negatives"]
     assert drawn[0] == drawn[2] != drawn[1] and drawn[0][1][0] == task.texts([7])[0]
     assert all(set(passages[1:]) <= set(task.texts(mined_rows)) for _, passages, _ in drawn)
+
+
+def test_without_mined_negatives_an_example_has_passages_of_other_queries(beir):
+    config = RetrievalConfig(data=str(beir), negatives=5, batch_size=8)
+    examples, task = eval_retrieval.load_examples(config)
+    steps = eval_retrieval.FinetuningSteps.__new__(eval_retrieval.FinetuningSteps)
+    steps.config, steps.examples, steps.task = config, examples, task
+    _, passages, _ = steps.draw(7, 0)
+    assert len(passages) == 6 and len(set(passages[1:])) > 2 and passages[0] not in passages[1:]
 
 
 def test_training_data_of_tevatron_with_teacher_scores(unfinetuned, tmp_path, capfd):
