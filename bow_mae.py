@@ -585,6 +585,8 @@ def learning_rate(config: Config, step: int) -> float:
 @contextlib.contextmanager
 def process_group():
     """Join the processes of torchrun, or be a group of one; yields the device. CPU tensors travel by gloo."""
+    logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
+    transformers.utils.logging.disable_progress_bar()
     device, backend = torch.accelerator.current_accelerator(True) or torch.device("cpu"), "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
@@ -746,6 +748,14 @@ def evaluate(model: BowMAE, batches: list[BatchEncoding], device) -> dict:
     if not np.isfinite(sums).all():
         raise UserError("a held-out loss is not finite: lower --lr, with another --output")
     return dict(zip(("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"), (sums / counts).tolist()))
+
+def print_table(rows: dict[str, dict], columns: list[str], title: str = "") -> None:
+    """An aligned table of numbers; a row is a name and its values by column."""
+    width = max(map(len, [title, *rows]))
+    print(f"\n{title:<{width}}" + "".join(f"{column:>12}" for column in columns))
+    for name, values in rows.items():
+        cells = (f"{values[column]:>12,.{0 if values[column] >= 100 else 4}f}" for column in columns)
+        print(f"{name:<{width}}" + "".join(cells))
 
 def write_metrics(config, record: dict) -> None:
     """Append a line to metrics.jsonl; what is no number (a norm that overflowed) is null."""
@@ -946,9 +956,8 @@ def finish(config) -> None:
         shutil.copytree(newest, output, ignore=ours, dirs_exist_ok=True)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").open() if '"eval_' in line]
     if rows:
-        print(f"\n{'held-out':<16}{'before':>10}{'after':>10}")
-        for name in list(rows[0])[1:]:
-            print(f"{name[5:]:<16}{rows[0][name]:>10.4f}{rows[-1][name]:>10.4f}")
+        print_table({name[5:]: {"before": value, "after": rows[-1][name]} for name, value in rows[0].items()
+                     if name != "step"}, ["before", "after"], "held-out")
     print(f"model saved in {output}")
 
 # ---- benchmark
@@ -1050,11 +1059,8 @@ def bench(config: Config, device: torch.device) -> None:
 
 def print_bench(config: Config, device: torch.device, tokenizer, report: dict, dense: float) -> None:
     """Print what `bench` measured and the rate of a loader process, and write them beside --output."""
-    columns = {"samples/s": 1, "tokens/s": 0, "x mlm": 3, "least": 3, "most": 3, "MB": 0, "waiting": 3,
-               "MFU": 3}
-    print("\n" + " " * 9 + "".join(f"{column:>11}" for column in columns))
-    for name, row in report.items():
-        print(f"{name:<9}" + "".join(f"{row[key]:>11,.{digits}f}" for key, digits in columns.items()))
+    columns = ["samples/s", "tokens/s", "x mlm", "least", "most", "MB", "waiting", "MFU"]
+    print_table(report, columns)
     path, loader = Path(f"{Path(config.output)}.bench.json"), loader_rate(config, tokenizer)
     print(f"one loader process: {loader:,.0f} tokens/s | {device}, {dist.get_world_size()} process(es): "
           f"{dense / 1e9:,.0f} GFLOP/s | in {path}")
@@ -1066,8 +1072,6 @@ def print_bench(config: Config, device: torch.device, tokenizer, report: dict, d
 
 def main(argv: list[str] | None = None) -> None:
     """Pre-train with the flags of a command line; exits with 2 and one line on an error the user can mend."""
-    logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
-    transformers.utils.logging.disable_progress_bar()
     with process_group() as device:
         config = together(parse_config, argv)
         (bench if config.bench else train)(config, device)

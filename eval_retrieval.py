@@ -16,7 +16,6 @@ import contextlib
 import gzip
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -37,7 +36,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
@@ -98,12 +96,12 @@ class RetrievalConfig:
 class Task:
     """Passages, queries of a split, and their judgements. Passages stay on disk; the rest is in memory."""
 
-    passages: datasets.Dataset  # _id, title, text
+    passages: datasets.Dataset  # _id, text, perhaps title
     rows: dict[str, int]  # the row of each passage id
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]  # the grade of each judged passage of each query
     answers: dict[str, list[str]] = field(default_factory=dict)  # of NQ and TriviaQA
-    same_ids: bool = True  # a query and a passage with one id are the same text, as in BEIR
+    same_ids: bool = True  # a passage with the id of a query is its own text, as in BEIR, and is no hit
 
     def __getstate__(self):  # the other processes do without the ids, and their memory
         return self.__dict__ | {"rows": {}}
@@ -111,7 +109,8 @@ class Task:
     def texts(self, rows) -> list[str]:
         """Title and text of passages, by row."""
         some = self.passages[list(map(int, rows))]
-        return [f"{title or ''} {text or ''}".strip() for title, text in zip(some["title"], some["text"])]
+        titles = some.get("title", [""] * len(some["text"]))
+        return [f"{title or ''} {text or ''}".strip() for title, text in zip(titles, some["text"])]
 
 def read_records(path: Path, columns: str = ""):
     """Yield (line number, record) of a .jsonl(.gz) or .tsv(.gz); without columns, a list of the fields."""
@@ -183,17 +182,15 @@ def cached(read, path: Path, features: datasets.Features | None = None) -> datas
 
 def load_task(config: RetrievalConfig, split: str) -> Task:
     """The passages, and the queries that a split judges; UserError names the file and line that is bad."""
-    folder, answers, same_ids = Path(config.data), {}, True
+    folder, queries, qrels, answers, same_ids = Path(config.data), {}, {}, {}, True
     if config.data == "python-docs":
-        docs = bow_mae.python_docs()
+        passages = docs = bow_mae.python_docs()
         splits = {"train": range(2, 10), "dev": [1], "test": [0], "all": range(10)}
         if split not in splits:
             raise UserError(f"--data python-docs has no split {split}, but {' '.join(splits)}")
-        passages = docs.remove_columns("query").add_column("title", [""] * len(docs))
-        chosen = [(name, query) for name, query in zip(docs["_id"], docs["query"])
-                  if bow_mae.text_hash(name) % 10 in splits[split]]
-        queries = {f"query:{name}": query for name, query in chosen}
-        qrels = {f"query:{name}": {name: 1} for name, _ in chosen}
+        for name, query in zip(docs["_id"], docs["query"]):
+            if bow_mae.text_hash(name) % 10 in splits[split]:
+                queries[f"query:{name}"], qrels[f"query:{name}"] = query, {name: 1}
     elif folder.is_dir():
         corpus = find_file(folder, "corpus.jsonl", "collection.tsv")
         judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
@@ -211,8 +208,6 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
             passages = datasets.load_dataset(config.data, "corpus", split="corpus")
             asked = datasets.load_dataset(config.data, "queries", split="queries")
             judged = datasets.load_dataset(f"{config.data}-qrels", split=split)
-        if "title" not in passages.column_names:
-            passages = passages.add_column("title", [""] * len(passages))
         queries, qrels = dict(zip(map(str, asked["_id"]), asked["text"])), defaultdict(dict)
         for query_id, passage_id, grade in zip(judged["query-id"], judged["corpus-id"], judged["score"]):
             qrels[str(query_id)][str(passage_id)] = int(grade)
@@ -232,6 +227,7 @@ def check_task(config, passages, queries: dict, qrels: dict, answers: dict, same
     if not answers and not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
         raise UserError(f"--data {config.data}: the qrels name no relevant passage")
     answers = {name: answers[name] for name in qrels if name in answers}
+    same_ids = same_ids and not config.keep_identical_ids
     return Task(passages, rows, {name: queries[name] for name in qrels}, qrels, answers, same_ids)
 
 # ---- BM25
@@ -340,33 +336,26 @@ def encode_passages(config: RetrievalConfig, task: Task, encoder: Encoder) -> li
 # ---- search
 
 def build_index(config: RetrievalConfig, task: Task, files: list[Path], encoder: Encoder):
-    """The faiss index of this process's passages, saved under output/index unless it has none."""
+    """The faiss index of this process's passages, by row, saved under output/index."""
     faiss.omp_set_num_threads(torch.get_num_threads())
     path, width = Path(config.output, "index", f"{dist.get_rank():05}.faiss"), encoder.lm.config.hidden_size
     together(shutil.rmtree, path.parent, True, first=True)  # of another number of processes
-    if not files:
-        return faiss.IndexFlatIP(width)
     with blame(f"--index {config.index} or --output {path}"):
-        index = faiss.index_factory(width, config.index, faiss.METRIC_INNER_PRODUCT)
+        kind = config.index if files else "Flat"  # which alone needs no training
+        index = faiss.index_factory(width, f"IDMap,{kind}", faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:  # on up to 100,000 vectors, evenly spaced
             step = -(-len(files) * CHUNK // 100_000)
             index.train(np.concatenate([np.load(file, mmap_mode="r")[::step] for file in files]))
+        if (inverted := faiss.try_extract_index_ivf(index)) is not None:
+            inverted.nprobe = max(1, inverted.nlist // 16)  # lists to read, against 1
         for file in files:
-            index.add(np.load(file))
+            vectors = np.load(file)
+            index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem))
         path.parent.mkdir(exist_ok=True)
         faiss.write_index(index, str(path))
         bow_mae.write_json(path.with_suffix(".json"), {
-            "key": encoder.key, "data": config.data, "rows": len(task.passages),
-            "first_row": int(files[0].stem)})
+            "model": encoder.key, "passages": task.passages._fingerprint, "processes": dist.get_world_size()})
     return index
-
-def search_index(index, vectors: np.ndarray, k: int, first_row: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best passages of an index for each vector: scores and rows (Q, k), -1 where there are no more."""
-    inverted = faiss.try_extract_index_ivf(index)
-    if inverted is not None:  # a sixteenth of the lists, against the one that faiss reads by default
-        inverted.nprobe = max(1, inverted.nlist // 16)
-    scores, rows = index.search(vectors, k)
-    return scores, np.where(rows >= 0, rows + first_row, -1)
 
 def merge(found: list) -> tuple[np.ndarray, np.ndarray]:
     """The k best of several processes' (scores, rows), each (Q, k)."""
@@ -386,21 +375,20 @@ def retrieve(config: RetrievalConfig, task: Task, device: torch.device, k: int):
     starts = np.array_split(np.arange(0, len(queries), 256), len(everyone))[dist.get_rank()]
     vectors = together(lambda: [encoder(queries[at : at + 256], config.max_query_length) for at in starts])
     dist.all_gather_object(everyone, vectors)
-    found = search_index(index, np.concatenate(sum(everyone, [])), k, int(files[0].stem) if files else 0)
     gathered = [None] * len(everyone) if dist.get_rank() == 0 else None
-    dist.gather_object(found, gathered)
+    dist.gather_object(index.search(np.concatenate(sum(everyone, [])), k), gathered)
     return (*merge(gathered), time.perf_counter() - began) if gathered else None
 
 def ranking(hits: dict[str, float]) -> list[str]:
     """Passage ids by falling score (as float32), then by falling id, as trec_eval ranks them."""
     return sorted(hits, key=lambda name: (np.float32(hits[name]), name.encode()), reverse=True)
 
-def make_run(config: RetrievalConfig, task: Task, scores, rows, k: int):
+def make_run(task: Task, scores, rows, k: int):
     """Yield each query id with its k best passages {passage id: score}, of scores and rows (Q, more)."""
-    ids, keep = list(task.rows), config.keep_identical_ids or not task.same_ids
+    ids = list(task.rows)
     for query_id, some_scores, some_rows in zip(task.queries, scores, rows):
         hits = {ids[row]: score for score, row in zip(some_scores.tolist(), some_rows.tolist()) if row >= 0}
-        if not keep:
+        if task.same_ids:
             hits.pop(query_id, None)
         yield query_id, {name: hits[name] for name in ranking(hits)[:k]}
 
@@ -475,14 +463,6 @@ def read_run(path: str) -> dict[str, dict[str, float]]:
         with blame(f"{path}, line {number}: give qid Q0 docid rank score tag"):
             run[fields[0]][fields[2]] = float(fields[4])
     return dict(run)
-
-def print_table(rows: dict[str, dict], columns) -> None:
-    """An aligned table; a row is a name and its values by column."""
-    width = max(map(len, rows), default=0) + 2
-    print("\n" + " " * width + "".join(f"{column:>14}" for column in columns))
-    for name, values in rows.items():
-        cells = (f"{values[column]:>14,.{1 if values[column] > 1 else 4}f}" for column in columns)
-        print(f"{name:<{width}}" + "".join(cells))
 
 # ---- fine-tuning
 
@@ -611,8 +591,7 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
     """Fine-tune --model on the training queries, from the newest checkpoint or the start, into --output."""
     dtype = bow_mae.compute_dtype(config.precision, device)
     examples, task = together(load_examples, config, first=True)
-    steps = config.steps or len(examples) // config.batch_size * config.epochs
-    config = replace(config, steps=steps)
+    config = replace(config, steps=config.steps or len(examples) // config.batch_size * config.epochs)
     checkpoint = together(bow_mae.find_checkpoint, config, first=True)
     source, longest = checkpoint or config.model, max(config.max_query_length, config.max_passage_length)
     tokenizer = together(bow_mae.load_tokenizer, source, first=True)
@@ -621,8 +600,8 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
     optimizer, scaler, state = bow_mae.load_optimizer(config, model, checkpoint, device)
     stream = FinetuningSteps(config, tokenizer, examples, task)
     loader = iter(torch.utils.data.DataLoader(
-        stream, batch_size=None, sampler=range(state["step"] + 1, steps + 1), num_workers=config.workers,
-        worker_init_fn=bow_mae.leave_signals))
+        stream, batch_size=None, sampler=range(state["step"] + 1, config.steps + 1),
+        num_workers=config.workers, worker_init_fn=bow_mae.leave_signals))
     ddp = bow_mae.wrap_ddp(model, together(stream.__getitem__, 1), device, dtype)
     together(bow_mae.write_run, config, device, state.get("logged", 0), first=True)
 
@@ -649,8 +628,8 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
 
     if dist.get_rank() == 0:
         print(f"fine-tuning {config.model}: {len(examples):,} queries | {config.batch_size} a step, with "
-              f"1 + {config.negatives} passages, on {dist.get_world_size()} process(es) | {steps} steps | "
-              f"{device} {dtype}", flush=True)
+              f"1 + {config.negatives} passages, on {dist.get_world_size()} process(es) | "
+              f"{config.steps} steps | {device} {dtype}", flush=True)
     bow_mae.run_steps(config, device, state["step"], _step, _save)
     together(bow_mae.finish, config, first=True)
 
@@ -669,7 +648,7 @@ def write_negatives(config: RetrievalConfig, task: Task, found) -> None:
     scores, rows, _ = found
     path, kept = Path(config.output, "negatives.jsonl"), 0
     with blame(f"--output {path} cannot be written"), path.with_suffix(".tmp").open("w") as file:
-        for i, (query_id, hits) in enumerate(make_run(config, task, scores, rows, config.depth[1])):
+        for i, (query_id, hits) in enumerate(make_run(task, scores, rows, config.depth[1])):
             positives = {name for name, grade in task.qrels[query_id].items() if grade > 0}
             names = [name for name in list(hits)[config.depth[0] - 1 :] if name not in positives]
             if config.max_positive_ratio and hits:  # a positive that was not found has the last rank
@@ -699,13 +678,12 @@ def evaluate(config: RetrievalConfig, device: torch.device) -> dict | None:
 def report(config: RetrievalConfig, task: Task, found, other: dict | None = None) -> dict:
     """Write run.trec, qrels.trec, per_query.jsonl and metrics.json; returns the means of the metrics."""
     scores, rows, seconds = found
-    run, output = dict(make_run(config, task, scores, rows, config.top_k)), Path(config.output)
-    keep = config.keep_identical_ids or not task.same_ids
-    results = evaluate_run(run, task.qrels, config.relevance_level, keep)
+    run, output = dict(make_run(task, scores, rows, config.top_k)), Path(config.output)
+    tag = Path(config.model).name.replace(" ", "_")  # a space would end the field
+    results = evaluate_run(run, task.qrels, config.relevance_level, not task.same_ids)
     answered = answer_hits(run, task.answers, lambda name: task.passages[task.rows[name]]["text"] or "")
     means = mean(results) | mean(answered) | {"queries/s": len(run) / seconds}
     with blame(f"--output {output} cannot be written"):
-        tag = Path(config.model).name.replace(" ", "_")  # a space would end the field
         with (output / "run.trec").open("w") as file:
             file.writelines(f"{query_id} Q0 {name} {rank} {hits[name]!r} {tag}\n"
                             for query_id, hits in run.items() for rank, name in enumerate(hits, 1))
@@ -716,9 +694,9 @@ def report(config: RetrievalConfig, task: Task, found, other: dict | None = None
             json.dumps({"query_id": name} | results.get(name, {}) | answered.get(name, {})) + "\n"
             for name in results | answered))
         bow_mae.write_json(output / "metrics.json", means)
-    print_table({name: {config.model[-12:]: value} for name, value in means.items()}, [config.model[-12:]])
+    bow_mae.print_table({name: {"": value} for name, value in means.items()}, [""], config.model)
     if other is not None:
-        compare(config, results, evaluate_run(other, task.qrels, config.relevance_level, keep))
+        compare(config, results, evaluate_run(other, task.qrels, config.relevance_level, not task.same_ids))
     return means
 
 def compare(config: RetrievalConfig, results: dict, others: dict) -> None:
@@ -728,7 +706,7 @@ def compare(config: RetrievalConfig, results: dict, others: dict) -> None:
         differences = np.array([results[query_id][name] - others[query_id][name] for query_id in results])
         rows[name] = {"ours": ours, "theirs": ours - differences.mean(), "difference": differences.mean(),
                       "p": permutation_test(differences, config.seed)}
-    print_table(rows, ["ours", "theirs", "difference", "p"])
+    bow_mae.print_table(rows, ["ours", "theirs", "difference", "p"])
     bow_mae.write_json(Path(config.output, "compare.json"), rows)
 
 def recipe(config: RetrievalConfig, device: torch.device) -> None:
@@ -744,25 +722,26 @@ def recipe(config: RetrievalConfig, device: torch.device) -> None:
         folder, model = f"{stage}/test", str(output / stage / "model")
         table[stage] = evaluate(on(folder, model=model), device)
     if dist.get_rank() == 0:
-        print_table(table, ["MRR@10", "nDCG@10", "Recall@100", "Hit@10", "queries/s"])
+        bow_mae.print_table(table, ["MRR@10", "nDCG@10", "Recall@100", "Hit@10", "queries/s"])
         bow_mae.write_json(output / "table.json", table)
 
 def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
     """Print the ten best passages for a text, or for each line typed, from the index of `evaluate`."""
-    encoder, task, found = Encoder(config, device), load_task(config, config.split), []
-    for path in sorted(Path(config.output, "index").glob("*.faiss")):
+    encoder, task = Encoder(config, device), load_task(config, config.split)
+    folder, indexes = Path(config.output, "index"), []
+    for path in sorted(folder.glob("*.json")):
         with blame(f"--output {path} cannot be read; run `evaluate` again"):
-            saved, index = json.loads(path.with_suffix(".json").read_text()), faiss.read_index(str(path))
-        if (saved["key"], saved["data"], saved["rows"]) != (encoder.key, config.data, len(task.passages)):
-            raise UserError(f"--output {path} (--data {saved['data']}, {saved['rows']} passages, dimension "
-                            f"{index.d}) is of other data or passages, or of another --model or its flags")
-        found.append((index, saved["first_row"]))
-    if not found:
-        raise UserError(f"--output {config.output} has no index: run `evaluate` with these flags first")
+            saved, index = json.loads(path.read_text()), faiss.read_index(str(path.with_suffix(".faiss")))
+        if (saved["model"], saved["passages"]) != (encoder.key, task.passages._fingerprint):
+            raise UserError(f"--output {path} (dimension {index.d}) is of another --data, --model or its "
+                            f"flags: give those, or run `evaluate` again")
+        indexes.append(index)
+    if not indexes or len(indexes) != saved["processes"]:
+        raise UserError(f"--output {folder} is no whole index: run `evaluate` with these flags first")
     with contextlib.suppress(EOFError):
         for line in [text] if text else iter(lambda: input("search: ").strip(), ""):
             vectors = encoder([line], config.max_query_length)
-            scores, rows = merge([search_index(index, vectors, 10, first) for index, first in found])
+            scores, rows = merge([index.search(vectors, 10) for index in indexes])
             for score, row in zip(scores[0].tolist(), rows[0].tolist()):
                 if row >= 0:
                     passage = " ".join(task.texts([row])[0].split())
@@ -798,8 +777,6 @@ COMMANDS = {"evaluate": evaluate, "mine": mine, "finetune": finetune, "search": 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command, or all of the recipe; exits with 2 and one line on an error that the user can mend."""
-    logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
-    transformers.utils.logging.disable_progress_bar()
     argv = sys.argv[1:] if argv is None else argv
     words = list(takewhile(lambda word: not word.startswith("-"), argv))  # a command, and perhaps its text
 
