@@ -322,7 +322,7 @@ def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed
     """A micro-batch of B windows, padded to the longest, L, and masked: input_ids and masked_ids (B, L).
 
     chosen (M,) and visible (N,) tell where in the flattened (B·L) the masked and the not special tokens are;
-    attention_mask (B, L) is None where nothing is padded; terms counts the terms in the mean of each loss.
+    attention_mask (B, L) is None where nothing is padded; sizes: how many rows each loss is a mean of.
     """
     rows, pad = [torch.tensor(window) for window in windows], nn.utils.rnn.pad_sequence
     input_ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)      # (B, L)
@@ -333,7 +333,7 @@ def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed
     return BatchEncoding({
         "input_ids": input_ids, "masked_ids": masked_ids, "chosen": chosen, "visible": visible,
         "attention_mask": None if attention_mask.all() else attention_mask, "tokens": sum(map(len, windows)),
-        "terms": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
+        "sizes": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
 
 def leave_signals(worker: int) -> None:
     """In a loader process, leave signals to the training process and the other cores to other workers."""
@@ -830,17 +830,17 @@ def update(ddp, optimizer, scaler, lr: float):
     optimizer.zero_grad()
     return grad_norm
 
-def train_step(ddp, optimizer, scaler, batches: list, terms: dict, lr: float, weight: float, device, dtype):
-    """One optimizer step; `terms` counts those of all processes. Returns its losses and gradient norm."""
+def train_step(ddp, optimizer, scaler, batches: list, sizes: dict, lr: float, weight: float, device, dtype):
+    """One optimizer step; `sizes` are of all processes' batches. Returns its losses and gradient norm."""
     total = 0.0
     for i, batch in enumerate(batches):
         torch.manual_seed(batch["seed"] + 1)  # the dropout, too, is a function of (seed, step, part)
         with ddp.no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = ddp(batch.to(device, non_blocking=True))
-            # means over the whole step: a micro-batch counts by its share of the terms, and DDP divides by
+            # means over the whole step: a micro-batch counts by its share of the rows, and DDP divides by
             # the number of processes
-            shares = {name: loss * (batch["terms"][name] / terms[name]) for name, loss in losses.items()}
+            shares = {name: loss * (batch["sizes"][name] / sizes[name]) for name, loss in losses.items()}
             loss = sum(share * (weight if name == "bow_loss" else 1.0) for name, share in shares.items())
             scaler.scale(loss * dist.get_world_size()).backward()
         total = total + torch.stack([loss, *shares.values()]).detach()
@@ -859,14 +859,14 @@ def start_loader(config: Config, tokenizer, device, state: dict, kind: type = Pr
     return head, chain(head, loader)
 
 def next_batches(config: Config, loader, signals: int = 0) -> tuple[list[BatchEncoding], dict, dict, int]:
-    """This process's share of a step; of all: the terms of each loss, tokens and positions, the signals."""
+    """This process's share of a step; of all: the sizes of the losses, tokens and positions, the signals."""
     began = time.perf_counter()
     batches = together(list, islice(loader, config.parts // dist.get_world_size()))
     waited = time.perf_counter() - began
-    counts = [[b["tokens"], b["input_ids"].numel(), *b["terms"].values()] for b in batches]
-    signals, tokens, positions, *terms = agree(numbers=[signals, *np.sum(counts, axis=0)])
+    counts = [[b["tokens"], b["input_ids"].numel(), *b["sizes"].values()] for b in batches]
+    signals, tokens, positions, *sizes = agree(numbers=[signals, *np.sum(counts, axis=0)])
     counts = {"tokens": tokens, "positions": positions, "waited": waited}
-    return batches, dict(zip(batches[0]["terms"], terms)), counts, signals
+    return batches, dict(zip(batches[0]["sizes"], sizes)), counts, signals
 
 def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None:
     """Take the steps after `step`, with bar, logs, evaluations and checkpoints; at a signal save and exit.
@@ -919,11 +919,11 @@ def train(config: Config, device: torch.device) -> None:
     logged = together(write_run, config, device, state.get("logged", 0), first=True)
 
     def _step(step, signals):
-        batches, terms, counts, signals = next_batches(config, loader, signals)
+        batches, sizes, counts, signals = next_batches(config, loader, signals)
         positions.update({batch["part"]: batch["position"] for batch in batches})
         lr = learning_rate(config, step)
         weight = cosine(config.bow_weight, config.bow_weight_final, step / config.steps)  # λ
-        losses = train_step(ddp, optimizer, scaler, batches, terms, lr, weight, device, dtype)
+        losses = train_step(ddp, optimizer, scaler, batches, sizes, lr, weight, device, dtype)
         return losses | {"bow_weight": weight, "lr": lr}, counts, signals
 
     def _evaluate(step):
@@ -1004,10 +1004,10 @@ def bench_turn(config: Config, ddp, loader, optimizer, scaler, device, dtype) ->
         Path("/proc/self/clear_refs").write_text("5")
     lm, totals, began = ddp.module.lm, Counter(), time.perf_counter()
     for _ in range(4):
-        batches, terms, counts, _ = next_batches(config, loader)
-        losses = train_step(ddp, optimizer, scaler, batches, terms, config.lr, config.bow_weight, device,
+        batches, sizes, counts, _ = next_batches(config, loader)
+        losses = train_step(ddp, optimizer, scaler, batches, sizes, config.lr, config.bow_weight, device,
                             dtype)
-        totals.update(counts, windows=terms["bow_loss"], rows=sum(terms.get(name, 0) for name in losses))
+        totals.update(counts, windows=sizes["bow_loss"], rows=sum(sizes.get(name, 0) for name in losses))
     next(ddp.parameters()).sum().item()  # wait for the device
     seconds = time.perf_counter() - began
     # 6 operations for a weight (2 forward, 4 backward): of the encoder, and a decoder, for each token, of the

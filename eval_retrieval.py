@@ -294,14 +294,14 @@ class Encoder:
             some = order[start : start + max(1, TOKENS // len(tokens[order[start]]))]
             batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in some]}, return_tensors="pt")
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                cls = encode(self.lm.base_model, batch, self.config.similarity)
+                cls = cls_vectors(self.lm.base_model, batch, self.config.similarity)
             vectors[some] = cls.cpu().numpy()
             start += len(some)
         if not np.isfinite(vectors).all():
             raise UserError(f"--model {self.config.model}: a vector is not finite; set --precision fp32")
         return vectors
 
-def encode(encoder, batch, similarity: str):
+def cls_vectors(encoder, batch, similarity: str):
     """h_CLS (B, D) as float32, of norm 1 for `cos`, of input_ids and attention_mask (B, L) on any device."""
     batch = batch.to(encoder.device)
     cls = encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, 0].float()
@@ -552,7 +552,7 @@ class BiEncoder(nn.Module):
         encoded = []
         for batch in batches:
             torch.manual_seed(batch["seed"])  # the dropout does not depend on who encodes the micro-batch
-            encoded.append([encode(self.encoder, batch[side], self.config.similarity)
+            encoded.append([cls_vectors(self.encoder, batch[side], self.config.similarity)
                             for side in ("queries", "passages")] + [batch["teacher"].to(self.encoder.device)])
         queries, passages, teacher = (gather(torch.cat(rows)) for rows in zip(*encoded))
         with torch.autocast(queries.device.type, enabled=False):  # bf16 keeps 3 digits of a score

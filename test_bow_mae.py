@@ -1456,13 +1456,13 @@ def test_finished_vectors_are_used_again_and_others_refused(
     shutil.copytree(evaluated, output)
     for path in (output / "vectors").glob("0000000016*"):
         path.unlink()  # as if it had not been finished
-    counts, encode = [], eval_retrieval.encode
+    counts, encode = [], eval_retrieval.cls_vectors
 
     def counted(*args):
         counts.append(len(args[1]["input_ids"]))
         return encode(*args)
 
-    monkeypatch.setattr(eval_retrieval, "encode", counted)
+    monkeypatch.setattr(eval_retrieval, "cls_vectors", counted)
     flags = ["evaluate", "--model", unfinetuned, "--data", beir, "--output", output]
     retrieval(*flags)
     assert sum(counts) == 16 + 30
@@ -1596,7 +1596,7 @@ def test_scores_under_autocast_are_products_in_float32(alone):
     batch, encoder = contrastive_batch(torch.full((3, 2), torch.nan)), random_encoder()
     with torch.autocast("cpu", torch.bfloat16):
         loss = eval_retrieval.BiEncoder(encoder, RetrievalConfig())([batch])["contrastive_loss"]
-        sides = (eval_retrieval.encode(encoder, batch[side], "dot") for side in ("queries", "passages"))
+        sides = (eval_retrieval.cls_vectors(encoder, batch[side], "dot") for side in ("queries", "passages"))
         queries, passages = (rows.double() for rows in sides)
     expected = torch.nn.functional.cross_entropy(queries @ passages.T, torch.tensor([0, 2, 4]))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
