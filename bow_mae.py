@@ -109,8 +109,8 @@ def parse_config(argv: list[str] | None = None, kind: type = Config, trains: boo
         least = 3 if name.endswith("_length") else 0 if from_zero else 1
         if type(value) in (int, float) and value != getattr(kind, name) and not least <= value < math.inf:
             raise UserError(f"--{name} {value} must be a finite number, at least {least}")
-    processes = int(os.environ.get("WORLD_SIZE", 1)) if trains else 1
-    if config.batch_size % (config.micro_batch_size * processes):
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if trains and config.batch_size % (config.micro_batch_size * processes):
         raise UserError(f"--batch_size {config.batch_size} is not a multiple of --micro_batch_size "
                         f"{config.micro_batch_size} x {processes} processes")
     config.check()

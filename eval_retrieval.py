@@ -151,7 +151,7 @@ def read_queries(path: Path) -> tuple[dict, dict]:
         query_id, text = str(record.get("_id", record.get("id"))), record.get("text", record.get("query"))
         if query_id == "None" or not isinstance(text, str) or query_id in queries:
             raise UserError(f"{path}, line {number}: a query needs an _id of its own and a text")
-        queries[query_id] = text
+        queries[query_id] = text.encode(errors="replace").decode()  # half an emoji is no text
         if record.get("answers"):
             answers[query_id] = record["answers"]
             if not isinstance(answers[query_id], list) or {*map(type, answers[query_id])} != {str}:
@@ -528,12 +528,12 @@ class FinetuningSteps(torch.utils.data.Dataset):
         positive, pool = rng.integers(len(example["positives"])), example["negatives"]
         if not len(pool):  # passages of other queries
             others = (i + 1 + rng.integers(max(len(self.examples) - 1, 1), size=count)) % len(self.examples)
-            pool = [self.examples[int(other)]["positives"][0] for other in others]
+            found = [self.examples[int(other)]["positives"][0] for other in others]
+            pool = [passage for passage in found if passage not in example["positives"]] or found
         picks = rng.choice(len(pool), count, replace=len(pool) < count)
         passages = [example["positives"][positive], *(pool[pick] for pick in picks)]
-        scores = [None] * len(passages)
-        if example.get("negatives_scores"):
-            given = example["negatives_scores"]
+        scores, given = [None] * len(passages), example.get("negatives_scores")
+        if given:
             scores = [example["positives_scores"][positive], *(given[pick] for pick in picks)]
         return example["query"], self.task.texts(passages) if self.task else passages, scores
 
@@ -679,7 +679,7 @@ def report(config: RetrievalConfig, task: Task, found, other: dict | None = None
     """Write run.trec, qrels.trec, per_query.jsonl and metrics.json; returns the means of the metrics."""
     scores, rows, seconds = found
     run, output = dict(make_run(task, scores, rows, config.top_k)), Path(config.output)
-    tag = Path(config.model).name.replace(" ", "_")  # a space would end the field
+    tag = Path(config.model).resolve().name.replace(" ", "_")  # a space would end the field
     results = evaluate_run(run, task.qrels, config.relevance_level, not task.same_ids)
     answered = answer_hits(run, task.answers, lambda name: task.passages[task.rows[name]]["text"] or "")
     means = mean(results) | mean(answered) | {"queries/s": len(run) / seconds}
@@ -732,13 +732,13 @@ def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
     for path in sorted(folder.glob("*.json")):
         with blame(f"--output {path} cannot be read; run `evaluate` again"):
             saved, index = json.loads(path.read_text()), faiss.read_index(str(path.with_suffix(".faiss")))
-        if (saved["model"], saved["passages"]) != (encoder.key, task.passages._fingerprint):
+        if (saved.get("model"), saved.get("passages")) != (encoder.key, task.passages._fingerprint):
             raise UserError(f"--output {path} (dimension {index.d}) is of another --data, --model or its "
                             f"flags: give those, or run `evaluate` again")
         indexes.append(index)
     if not indexes or len(indexes) != saved["processes"]:
         raise UserError(f"--output {folder} is no whole index: run `evaluate` with these flags first")
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
         for line in [text] if text else iter(lambda: input("search: ").strip(), ""):
             vectors = encoder([line], config.max_query_length)
             scores, rows = merge([index.search(vectors, 10) for index in indexes])
@@ -768,7 +768,7 @@ def explain(config: RetrievalConfig, device: torch.device, text: str) -> None:
     print(f"{shown}{text[end:]}\n\n{'term':<20}{'weight':>8}  in the text")
     weights, best = logits[0].softmax(0).topk(20)
     for weight, term in zip(weights.tolist(), best.tolist()):
-        name = encoder.tokenizer.convert_ids_to_tokens(term)
+        name = encoder.tokenizer.convert_ids_to_tokens(term) or "(no token)"
         print(f"{name:<20}{weight:>8.4f}  {'yes' if terms[term] else ''}")
     coverage = bow_mae.term_coverage(logits, input_ids, special).item()
     print(f"\n{coverage:.1%} of the {int(terms.sum())} terms are among the {int(terms.sum())} best")

@@ -1660,6 +1660,10 @@ def test_without_mined_negatives_an_example_has_passages_of_other_queries(beir):
     steps.config, steps.examples, steps.task = config, examples, task
     _, passages, _ = steps.draw(7, 0)
     assert len(passages) == 6 and len(set(passages[1:])) > 2 and passages[0] not in passages[1:]
+    for example in examples[:-1]:  # one passage answers all queries but the last
+        example["positives"] = examples[7]["positives"]
+    drawn = [steps.draw(7, epoch)[1] for epoch in range(40)]
+    assert sum(passages[0] not in passages[1:] for passages in drawn) > 2
 
 
 def test_training_data_of_tevatron_with_teacher_scores(unfinetuned, tmp_path, capfd):
@@ -1765,7 +1769,6 @@ BAD_TASKS = {  # what spoils the task, flags, what the message must say
     "unwritable": (None, "--output task/corpus.jsonl/out", "task/corpus.jsonl/out"),
     "other files": (None, "--output task", "--output task holds other files"),
     "depth": (None, "--depth 5 2", "--depth"),
-    "batch": (None, "--batch_size 9 --micro_batch_size 4", "--batch_size 9 is not a multiple"),
     "temperature": (None, "--temperature 0", "--temperature 0"),
 }
 BAD_COMMANDS = {  # what the message must say
@@ -1775,6 +1778,7 @@ BAD_COMMANDS = {  # what the message must say
     "evaluate --compare nothing.trec": "nothing.trec: [Errno 2] No such file",
     "search ba": "no whole index",
     "finetune --batch_size 64": "above the 40 training queries",
+    "finetune --batch_size 9 --micro_batch_size 4": "--batch_size 9 is not a multiple",
     "finetune --negatives_file unknown.jsonl": "unknown.jsonl, line 1",
     "finetune --negatives_file gone.jsonl": "gone.jsonl, line 1",
     "finetune --train_data bad.jsonl": "bad.jsonl, line 2",
