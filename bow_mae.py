@@ -65,8 +65,8 @@ class Config:
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's, or a baseline")
     max_length: int = HfArg(default=64, help="tokens in a window, [CLS] and [SEP] included")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
-    bow_weight: float = HfArg(default=5.0, help="weight λ of the bag-of-word loss at the first step")
-    bow_weight_final: float = HfArg(default=5.0, help="λ at the last step, reached by a cosine")
+    bow_weight: float = HfArg(default=10.0, help="weight λ of the bag-of-word loss at the first step")
+    bow_weight_final: float = HfArg(default=10.0, help="λ at the last step, reached by a cosine")
     steps: int = HfArg(default=1800, help="optimizer steps")
     batch_size: int = HfArg(default=64, help="windows in an optimizer step, over all processes")
     micro_batch_size: int = HfArg(default=32, help="windows in one forward and backward pass")
@@ -545,7 +545,7 @@ def fresh_lm(size: str, tokenizer):
             table.weight.mul_(0.2)  # else they drown the words
         for layer in lm.base_model.encoder.layer:  # attention hands on what it sees, near the mean of all
             for linear in (layer.attention.self.value, layer.attention.output.dense):
-                linear.weight.diagonal().add_(0.75)
+                linear.weight.diagonal().add_(0.5)
     return lm
 
 def load_lm(source: str, tokenizer, max_length: int, seed: int):
