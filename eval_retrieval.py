@@ -405,9 +405,7 @@ def evaluate_run(run: dict, qrels: dict, relevance_level: int = 1, keep_identica
     for query_id, judged in qrels.items():
         if max(judged.values(), default=0) < 1:
             continue
-        hits = {name: score for name, score in run.get(query_id, {}).items()
-                if keep_identical_ids or name != query_id}
-        names = ranking(hits)
+        names = [name for name in ranking(run.get(query_id, {})) if keep_identical_ids or name != query_id]
         grades = [max(judged.get(name, 0), 0) for name in names[:10]]
         ideal = sorted((max(grade, 0) for grade in judged.values()), reverse=True)[:10]
         count = sum(grade >= relevance_level for grade in judged.values())
@@ -416,11 +414,9 @@ def evaluate_run(run: dict, qrels: dict, relevance_level: int = 1, keep_identica
         results[query_id] = {
             "MRR@10": 1 / ranks[0] if ranks and ranks[0] <= 10 else 0.0,
             "nDCG@10": dcg(grades) / dcg(ideal),
-            "MAP@1000": sum(precisions) / max(count, 1)}
-        for k in (50, 100, 1000):
-            results[query_id][f"Recall@{k}"] = sum(rank <= k for rank in ranks) / max(count, 1)
-        for k in (1, 10, 50, 1000):
-            results[query_id][f"Hit@{k}"] = float(any(rank <= k for rank in ranks))
+            "MAP@1000": sum(precisions) / max(count, 1),
+            **{f"Recall@{k}": sum(rank <= k for rank in ranks) / max(count, 1) for k in (50, 100, 1000)},
+            **{f"Hit@{k}": float(any(rank <= k for rank in ranks)) for k in (1, 10, 50, 1000)}}
     return results
 
 def mean(results: dict) -> dict[str, float]:
@@ -656,8 +652,7 @@ def write_negatives(config: RetrievalConfig, task: Task, found) -> None:
                 most = best - (1 - config.max_positive_ratio) * abs(best)
                 names = [name for name in names if hits[name] <= most]
             rng, count = np.random.default_rng([config.seed, i]), min(config.sample, len(names))
-            picks = sorted(rng.choice(len(names), count, replace=False)) if names else []
-            chosen = [names[pick] for pick in picks]
+            chosen = [names[pick] for pick in sorted(rng.choice(len(names), count, replace=False))]
             kept += len(chosen)
             file.write(json.dumps({"query_id": query_id, "negatives": chosen,
                                    "scores": [hits[name] for name in chosen]}) + "\n")
