@@ -77,7 +77,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 if native")
     compile: bool = HfArg(default=False, help="run the model through torch.compile")
     seed: int = HfArg(default=0, help="of the weights, the order of the data, the masks and the dropout")
-    workers: int = HfArg(default=0, help="loader processes of each process, at most one a part; 0: none")
+    workers: int = HfArg(default=0, help="loader processes of each process, to divide its parts; 0: none")
     output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, the logs and the model")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
     keep: int = HfArg(default=2, help="newest checkpoints that stay")
@@ -225,6 +225,8 @@ def open_stream(config: Config) -> datasets.IterableDataset:
                    "split": "train"}
         if options["path"] == "csv":  # a cell is a text, even "1" or "NA"
             options |= {"converters": dict.fromkeys(config.text_columns, str), "keep_default_na": False}
+        elif options["path"] == "json":  # else one number among the texts makes JSON of all that follow
+            options["on_mixed_types"] = None
     with blame(f"--data {config.data}" + ("" if files else ", no file here, as a hub dataset"), config):
         stream = datasets.load_dataset(streaming=True, **options)
         columns = stream.column_names or list(next(iter(stream)))
@@ -280,7 +282,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
             # a new object for each epoch, since load_state_dict sticks to it
             stream = split_dataset_by_node(source, rank=part, world_size=config.parts)
             stream.set_epoch(epoch)
-            if state:
+            if state:  # of `datasets` at the start of the block, of which `done` batches are behind us
                 stream.load_state_dict(state)
             first_step = step
             for block, texts in enumerate(read_blocks(stream, config), block):
@@ -409,7 +411,7 @@ def bow_loss(cls_logits, input_ids, special):
     """
     bag, logits = bag_of_words(input_ids, special), cls_logits.float()                 # (B, V)
     size = bag.sum(1)                                                                  # (B,) |T|
-    mean_logit = (logits * bag).sum(1) / size.clamp(min=1)
+    mean_logit = (logits * bag).sum(1) / size.clamp(min=1)  # log softmax(z)_t = z_t - logsumexp(z)
     return ((logits.logsumexp(1) - mean_logit) * (size > 0)).mean()
 
 def term_coverage(cls_logits, input_ids, special):
@@ -427,7 +429,7 @@ def mlm_head(lm, hidden):
     """f: the checkpoint's own masked-LM head, on any rows of hidden states: (..., D) to (..., V)."""
     if hasattr(lm, "cls"):  # BERT
         return lm.cls(hidden)
-    if hasattr(lm, "lm_head"):  # RoBERTa, XLM-R
+    if hasattr(lm, "lm_head") and not lm.config.is_encoder_decoder:  # RoBERTa, XLM-R
         return lm.lm_head(hidden)
     if hasattr(lm, "vocab_projector"):  # DistilBERT
         return lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden))))
@@ -482,7 +484,10 @@ class BowMAE(nn.Module):
         return self.lm.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
 
     def forward(self, batch: BatchEncoding, objective: str | None = None) -> dict:
-        """The mean of each loss over a micro-batch, by name; logits are made only where a loss needs them."""
+        """The mean of each loss over a micro-batch, by name; logits are made only where a loss needs them.
+
+        h is of the masked text, and its [CLS] must predict the bag of the unmasked one.
+        """
         objective, input_ids = objective or self.objective, batch["input_ids"]
         words = input_ids.flatten()                                                    # (B·L,)
         hidden = self.encode(batch["masked_ids"], batch["attention_mask"])             # (B, L, D)
@@ -588,15 +593,27 @@ def process_group():
     logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
     transformers.utils.logging.disable_progress_bar()
     device, backend = torch.accelerator.current_accelerator(True) or torch.device("cpu"), "gloo"
+    if device.type == "mps":  # of Apple, which gloo does not serve
+        device = torch.device("cpu")
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.accelerator.device_count():
+            print(f"error: no GPU for process {device.index}: lower --nproc_per_node", file=sys.stderr)
+            sys.exit(2)
         torch.accelerator.set_device_index(device.index)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # the first process may read, index or mine for hours while the others wait for it
     dist.init_process_group(backend, timeout=timedelta(days=7), **alone)
     try:
         yield device
+    except Exception:
+        if dist.get_world_size() > 1:  # to leave the group would wait for processes that wait for us
+            sys.excepthook(*sys.exc_info())
+            for child in torch.multiprocessing.active_children():
+                child.kill()
+            os._exit(1)
+        raise
     finally:  # loaders leave signals to us, and an error holds on to their iterator: end them by hand
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in torch.multiprocessing.active_children():
@@ -812,7 +829,7 @@ def wrap_ddp(model, batch, device, dtype, compiled: bool = False) -> nn.Module:
     """The model under DDP, after one backward pass whose gradients are thrown away."""
     # DDP lays its buckets out anew after its first pass; then a resumed run sums gradients in the same order
     model = torch.compile(model, dynamic=True) if compiled else model
-    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = sum(ddp(batch).values())
     loss.backward()

@@ -120,7 +120,8 @@ def read_records(path: Path, columns: str = ""):
             for number, line in enumerate(lines, 1):
                 line = line.decode("utf-8-sig")
                 if ".jsonl" not in path.name:
-                    fields = line.rstrip("\r\n").split("\t" if columns or "\t" in line else None)
+                    tabs = "\t" if columns or "\t" in line else None
+                    fields = line.rstrip("\r\n").split(tabs, len(columns.split()) - 1)  # -1: no limit
                     yield number, dict(zip(columns.split(), fields)) if columns else fields
                 elif line.strip():
                     record = json.loads(line)

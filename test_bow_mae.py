@@ -30,7 +30,7 @@ from pathlib import Path
 
 CACHE = tempfile.TemporaryDirectory(prefix="test_bow_mae_")  # the libraries read these when they are imported
 os.environ |= {"HF_HOME": CACHE.name, "HF_DATASETS_CACHE": CACHE.name, "HF_HUB_OFFLINE": "1",
-               "OMP_NUM_THREADS": "1"}
+               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import datasets
 import faiss
@@ -983,6 +983,7 @@ BAD_FLAGS = {  # what the message must say
     "--model models/maskless": "mask",
     "--model models/clsless": "[CLS]",
     "--model models/electra": "Electra",
+    "--model models/bart": "Bart",
     "--output good.jsonl/out": "good.jsonl/out",
     "--output models": "models",
     "--resume nowhere": "--resume nowhere",
@@ -1014,6 +1015,7 @@ def bad_models(folder):
     """Models that cannot be trained: few positions, no head, no mask token, no [CLS], an unknown head."""
     bert = transformers.BertConfig(**TINY, max_position_embeddings=20)
     electra = transformers.ElectraConfig(**TINY, embedding_size=32)
+    bart = transformers.BartConfig(vocab_size=200, d_model=32, encoder_layers=1, decoder_layers=1)
     vocab = models.WordPiece({word: i for i, word in enumerate([*SPECIALS, *WORDS])}, unk_token="[UNK]")
     tokens = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     backend = tokenizers.Tokenizer(vocab)
@@ -1024,7 +1026,8 @@ def bad_models(folder):
             ("headless", transformers.BertModel(bert), word_tokenizer(WORDS)),
             ("maskless", AutoModelForMaskedLM.from_config(bert), maskless),
             ("clsless", AutoModelForMaskedLM.from_config(bert), clsless),
-            ("electra", AutoModelForMaskedLM.from_config(electra), word_tokenizer(WORDS))]:
+            ("electra", AutoModelForMaskedLM.from_config(electra), word_tokenizer(WORDS)),
+            ("bart", AutoModelForMaskedLM.from_config(bart), word_tokenizer(WORDS))]:
         model.save_pretrained(folder / "models" / name)
         tokenizer.save_pretrained(folder / "models" / name)
     return folder / "models"
@@ -1052,6 +1055,15 @@ def test_a_bad_file_gives_one_line_and_leaves_nothing(name, content, message, wo
     error, lines = error_of(capfd, "--data", name, "--output", "out")
     assert message in error and lines == 1
     assert not any(path.is_file() for path in Path("out").rglob("*"))
+
+
+def test_a_number_in_a_later_file_is_refused(workplace, capfd):
+    """Whose texts `datasets` would else turn into JSON from there on, as the first file has the type."""
+    Path("folder").mkdir()
+    Path("folder/a.jsonl").write_text(GOOD)
+    Path("folder/b.jsonl").write_text(GOOD + '{"title": "b", "text": 7}\n' + GOOD)
+    error, lines = error_of(capfd, "--data", "folder", "--output", "out")
+    assert "b.jsonl, line 51: column 'text' is 7" in error and lines == 1
 
 
 def test_a_corpus_with_fewer_texts_than_parts_is_refused(workplace, capfd):
@@ -1277,6 +1289,12 @@ def test_equal_ids_mean_nothing_between_the_numbers_of_ms_marco(tmp_path):
     assert json.loads((tmp_path / "out/metrics.json").read_text())["MRR@10"] == 1
 
 
+def test_a_tab_in_a_passage_does_not_end_it(tmp_path):
+    (tmp_path / "collection.tsv").write_text("1\tba ke\tdi lo\n")
+    (passage,) = eval_retrieval.read_passages(str(tmp_path / "collection.tsv"), "")
+    assert passage["text"] == "ba ke\tdi lo"
+
+
 @pytest.mark.parametrize("iteration", ["", "0\t"])
 def test_ms_marco_files_give_the_same_task_as_a_beir_folder(iteration, beir, tmp_path):
     task = load(beir)
@@ -1372,8 +1390,10 @@ def unfinetuned(trained):
     return trained[0]
 
 
-def test_an_evaluation_is_that_of_a_loop_over_sentences(evaluated, unfinetuned, beir):
+def test_an_evaluation_is_that_of_a_loop_over_sentences(unfinetuned, beir, tmp_path):
     """Each text alone through `transformers`, all dot products, sorted."""
+    flags = "--data", beir, "--output", tmp_path / "out", "--precision", "fp32"
+    retrieval("evaluate", "--model", unfinetuned, *flags)
     tokenizer = AutoTokenizer.from_pretrained(unfinetuned)
     lm = AutoModelForMaskedLM.from_pretrained(unfinetuned)
     def encode(text, length):
@@ -1385,10 +1405,10 @@ def test_an_evaluation_is_that_of_a_loop_over_sentences(evaluated, unfinetuned, 
     passages = torch.stack([encode(text, 32) for text in task.texts(range(70))])
     run = {query_id: dict(zip(task.rows, (passages @ encode(text, 32)).tolist()))
            for query_id, text in task.queries.items()}
-    found = eval_retrieval.read_run(evaluated / "run.trec")
+    found = eval_retrieval.read_run(tmp_path / "out/run.trec")
     assert found.keys() == run.keys()
     for query_id, hits in found.items():  # approx compares the keys too
-        assert hits == pytest.approx(run[query_id], rel=1e-4)
+        assert hits == pytest.approx(run[query_id], rel=1e-5)
 
 
 def test_an_evaluation_leaves_files_that_agree(evaluated, beir):
