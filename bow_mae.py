@@ -2,7 +2,7 @@
 """BoW-MAE: pre-training for dense retrieval by bag-of-word prediction, without a decoder (arXiv 2401.11248).
 
 A masked language model whose [CLS] vector must also predict, through the model's own masked-LM head, the set
-of words of its input. No parameter is added. This file stands alone when copied; it needs torch,
+of words of its input. No parameter is added. This file is self-contained: copy it; it needs torch,
 transformers, datasets and numpy.
 
 A small BERT from scratch on the documentation of the installed Python packages, CPU or GPU, no network:
@@ -12,11 +12,12 @@ The paper's first stage on 8 GPUs (other numbers of processes, or --nnodes, give
         --max_length 512 --steps 140000 --batch_size 2048 --micro_batch_size 64 --lr 3e-4 \
         --lr_final_ratio 0.1 --warmup_steps 4000 --bow_weight 1 --bow_weight_final 0.1 --workers 4 \
         --output out/wikipedia
-A run that was stopped or killed goes on where it was when the same command is given again.
+Run the same command again to resume a run that was stopped or killed.
 """
 
 import ast
 import contextlib
+import csv
 import gc
 import glob
 import gzip
@@ -31,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -71,36 +73,35 @@ class Config:
     batch_size: int = HfArg(default=64, help="windows in an optimizer step, over all processes")
     micro_batch_size: int = HfArg(default=32, help="windows in one forward and backward pass")
     lr: float = HfArg(default=2e-3, help="peak learning rate of AdamW")
-    lr_final_ratio: float = HfArg(default=0.03, help="last learning rate over the peak, reached by a cosine")
+    lr_final_ratio: float = HfArg(default=0.03, help="final learning rate over its peak, by a cosine")
     warmup_steps: int = HfArg(default=200, help="steps of linear warm-up")
-    weight_decay: float = HfArg(default=0.01, help="of AdamW, on matrices alone")
+    weight_decay: float = HfArg(default=0.01, help="AdamW weight decay; biases and LayerNorm are exempt")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 if native")
     compile: bool = HfArg(default=False, help="run the model through torch.compile")
-    seed: int = HfArg(default=0, help="of the weights, the order of the data, the masks and the dropout")
-    workers: int = HfArg(default=0, help="loader processes of each process, to divide its parts; 0: none")
+    seed: int = HfArg(default=0, help="of the weights, the data order, the masks and the dropout")
+    workers: int = HfArg(default=0, help="data-loader workers per process; 0: load in the process itself")
     output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, the logs and the model")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=2, help="newest checkpoints that stay")
+    keep: int = HfArg(default=2, help="how many of the newest checkpoints to keep")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
     eval_every: int = HfArg(default=300, help="steps between evaluations on the held-out texts")
-    resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a folder of one")
-    bench: bool = HfArg(default=False, help="compare what the objectives cost, and train nothing")
+    resume: str = HfArg(default="auto", help="auto (newest complete checkpoint), never, or its folder")
+    bench: bool = HfArg(default=False, help="measure what each objective costs instead of training")
 
     @property
     def parts(self) -> int:
-        """Micro-batches in a step, n: micro-batch i of every step is of part i of the data, 1 text in n."""
+        """Micro-batches per step, n: number i of every step comes from part i of the data, 1 text in n."""
         return self.batch_size // self.micro_batch_size
 
-    def check(self) -> None:
-        """Raise UserError where values do not go together."""
+    def __post_init__(self):
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"--mask_ratio {self.mask_ratio} must lie between 0 and 1")
 
 class UserError(Exception):
-    """Something the user can mend; the message says what is wrong, where, and how to mend it."""
+    """An error the user can fix; the message says what is wrong, where, and how to fix it."""
 
 def parse_config(argv: list[str] | None = None, kind: type = Config, trains: bool = True):
-    """A dataclass of this kind from the command line; UserError for a flag or a value that cannot be."""
+    """Parse a command line into a dataclass; UserError for an unknown flag or an impossible value."""
     parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False, exit_on_error=False)
     with blame("command line (see --help)"):
         (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
@@ -113,53 +114,40 @@ def parse_config(argv: list[str] | None = None, kind: type = Config, trains: boo
     if trains and config.batch_size % (config.micro_batch_size * processes):
         raise UserError(f"--batch_size {config.batch_size} is not a multiple of --micro_batch_size "
                         f"{config.micro_batch_size} x {processes} processes")
-    config.check()
     return config
 
 # ---- data: texts
 
 PACKAGES = "python pandas numpy networkx transformers torch sympy datasets huggingface_hub".split()
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet",
-           ".arrow": "arrow"}  # the last is of a folder saved by `datasets`
-FOLDERS = ("corpus.jsonl*", "data-*.arrow", "train/data-*.arrow", "**/*")  # of BEIR, saved, saved, any
+FOLDERS = "corpus.jsonl", "corpus.jsonl.gz", "data-*.arrow", "train/data-*.arrow", "**/*"  # BEIR, saved, any
+READERS = {  # records from the lines of a local file
+    ".jsonl": lambda lines: (json.loads(line) for line in lines if line.strip()),
+    ".json": lambda lines: json.loads("".join(lines)),
+    ".csv": lambda lines: csv.DictReader(lines, strict=True),
+    ".txt": lambda lines: ({"text": line.rstrip("\r\n")} for line in lines)}
+FORMATS = (*READERS, ".parquet", ".arrow")  # the last is of a folder saved by `datasets`
 BLOCK_TEXTS = 2048  # texts of a part that are tokenised, shuffled and sorted by length together
 SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabulary and the held-out texts
 
 @contextlib.contextmanager
-def blame(what: str, config: Config | None = None):
-    """Turn what a library raises into a UserError of one line: `what`, or the line of --data that is bad."""
+def blame(what: str):
+    """Turn what a library raises into a UserError of one line that begins with `what`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of any kind: StopIteration for an empty file, those of zlib, Arrow, the hub
-        said = "no record in it" if isinstance(error, StopIteration) else str(error) or type(error).__name__
-        reason = " ".join(said.split())[:300]
-        raise UserError(config and find_bad_line(config) or f"{what}: {reason}") from error
-
-def find_bad_line(config: Config) -> str | None:
-    """Read local text files again, line by line, to name the one that `datasets` could not use."""
-    for file in find_files(config.data):
-        number, kind = 0, file_format(file)
-        try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-                for number, line in enumerate(lines if kind in ("json", "csv", "text") else [], 1):
-                    text = line.decode("utf-8-sig")
-                    if kind == "json" and number == 1 and text.lstrip().startswith("["):
-                        break  # an array, which spans lines
-                    if kind == "json" and text.strip():
-                        join_columns(json.loads(text), config.text_columns)
-        except (ValueError, EOFError, OSError, zlib.error) as error:
-            return f"--data {file}, line {number}: {error}"
+    except Exception as error:  # of any kind: those of zlib, Arrow, the hub
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what}: {reason}") from error
 
 def docstrings(packages: list[str]):
     """Yield docstrings of packages, tests left out: _id (qualified name), query (first paragraph), text."""
-    gc.freeze()  # halves the time: the collector passes by what the imports made
+    gc.freeze()  # halves the time: the garbage collector skips everything imported so far
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for package in (package.replace("python", "") for package in packages):
-        root = Path(util.find_spec(package).origin if package else os.__file__).parent
+    for package in packages:
+        root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
-            parts = [package, *path.relative_to(root).with_suffix("").parts]
+            parts = [package.removeprefix("python"), *path.relative_to(root).with_suffix("").parts]
             if {"site-packages", "dist-packages", "test", "tests"} & set(parts):
                 continue
             with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings(action="ignore"):
@@ -175,7 +163,7 @@ def docstrings(packages: list[str]):
                         yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
 
 def python_docs() -> datasets.Dataset:
-    """The documentation of PACKAGES: some 24,000 rows of _id, query and text, each there once, shuffled.
+    """The documentation of PACKAGES: some 24,000 rows of _id, query and text, no two alike, in any order.
 
     Built in about a minute, then read from the cache of `datasets` under a key of the versions.
     """
@@ -189,77 +177,108 @@ def python_docs() -> datasets.Dataset:
     return datasets.Dataset.from_pandas(table, preserve_index=False)
 
 def text_hash(text: str) -> int:
-    """A number that is a function of the text; where 1000 divides it, the text is held out for evaluation."""
+    """A number that is a function of the text alone."""
     return zlib.crc32(text.encode())
 
-def file_format(path: Path) -> str | None:
-    """The `datasets` builder for a file of this name, if there is one."""
-    return FORMATS.get(Path(str(path).removesuffix(".gz")).suffix)
+def is_held_out(text: str) -> bool:
+    """Whether a text is kept for evaluation, as 1 in 1000 is."""
+    return text_hash(text) % 1000 == 0
 
-def find_files(data: str) -> list[Path]:
-    """The local files of --data, of one format, of a folder as FOLDERS says; none for a hub name."""
-    path = Path(data).expanduser()
-    files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if path.is_dir():
-        found = (sorted(filter(file_format, path.glob(pattern))) for pattern in FOLDERS)
-        files = next(filter(None, found), [])
-    local = path.is_dir() or glob.has_magic(data) or data.startswith((".", "/", "~")) or file_format(path)
-    formats = {file_format(file) for file in files}
-    if (files or local) and (None in formats or len(formats) != 1):
+def suffix(path) -> str:
+    """The ending of a file name, but for .gz."""
+    return Path(str(path).removesuffix(".gz")).suffix
+
+def find_files(data: str) -> list[str]:
+    """The local files of --data, all of one format, of a folder as FOLDERS says; none for a hub name."""
+    path = os.path.expanduser(data)
+    name = glob.escape(path) if os.path.exists(path) else path
+    patterns = [f"{name}/{pattern}" for pattern in FOLDERS] if os.path.isdir(path) else [name]
+    found = ([file for file in sorted(glob.glob(pattern, recursive=True))
+              if os.path.isfile(file) and suffix(file) in FORMATS] for pattern in patterns)
+    files = next(filter(None, found), [])
+    local = glob.has_magic(data) or data.startswith((".", "/", "~")) or suffix(data) in FORMATS
+    if len(set(map(suffix, files))) != 1 and (files or local or os.path.exists(path)):
         raise UserError(f"--data {data}: no such files, no split `train`, or not of one format of "
                         f"{' '.join(FORMATS)} (.gz)")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(f"--data {file}: the file is empty")
     return files
 
+def read_texts(files: list[str], columns: tuple[str, ...]):
+    """Yield {"text": ...} for each record of local files; UserError names the file and line of a bad one."""
+    def _decode(lines):
+        nonlocal number
+        for number, line in enumerate(lines, 1):
+            yield line.decode("utf-8-sig")
+
+    csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
+    missing = set(columns)
+    for file in files:
+        number, count = 0, 0
+        try:
+            with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
+                for count, record in enumerate(READERS[suffix(file)](_decode(lines)), 1):
+                    yield {"text": join_columns(record, columns)}
+                    missing -= record.keys()
+                    if missing and count == BLOCK_TEXTS:
+                        break
+            if missing or not count:
+                raise ValueError(f"no record has a column {min(missing)!r}" if count else "no record in it")
+        except (ValueError, EOFError, OSError, csv.Error, zlib.error) as error:
+            raise UserError(f"--data {file}, line {number}: {error}") from error
+
+def join_columns(record: dict, columns: tuple[str, ...]) -> str:
+    """A record's text: its columns joined by a space; some may be null or missing; ValueError if all are."""
+    if not isinstance(record, dict) or None in record:  # None: csv.DictReader's key of surplus fields
+        raise ValueError("not an object {...}, or a line with more fields than the first")
+    values = [record.get(column) for column in columns]
+    for column, value in zip(columns, values):
+        if not isinstance(value, str | None) or values == [None] * len(values):
+            raise ValueError(f"column {column!r} is {json.dumps(value, default=str):.50}, not a text; the "
+                             f"columns are {' '.join(map(repr, record))}")
+    text = " ".join(filter(None, values)).strip()
+    return text.encode(errors="replace").decode()  # half an emoji is no text
+
 def open_stream(config: Config) -> datasets.IterableDataset:
-    """The texts of --data as a stream of Arrow tables."""
+    """The records of --data as a stream: texts from local files of lines, else Arrow tables."""
     if config.data == "python-docs":
         return python_docs().to_iterable_dataset().with_format("arrow")
     files = find_files(config.data)
+    if files and suffix(files[0]) in READERS:
+        return datasets.IterableDataset.from_generator(
+            read_texts, gen_kwargs={"files": files, "columns": tuple(config.text_columns)})
     name, subset, split = (config.data.split(":") + ["", ""])[:3]
     options = {"path": name, "name": subset or None, "split": split or "train"}
     if files:
-        options = {"path": file_format(files[0]), "data_files": [glob.escape(str(file)) for file in files],
-                   "split": "train"}
-        if options["path"] == "csv":  # a cell is a text, even "1" or "NA"
-            options |= {"converters": dict.fromkeys(config.text_columns, str), "keep_default_na": False}
-        elif options["path"] == "json":  # else one number among the texts makes JSON of all that follow
-            options["on_mixed_types"] = None
-    with blame(f"--data {config.data}" + ("" if files else ", no file here, as a hub dataset"), config):
+        options = {"path": suffix(files[0])[1:], "data_files": [*map(glob.escape, files)], "split": "train"}
+    with blame(f"--data {config.data}" + ("" if files else ", no file here, as a hub dataset")):
         stream = datasets.load_dataset(streaming=True, **options)
         columns = stream.column_names or list(next(iter(stream)))
     for column in set(config.text_columns) - set(columns):
-        raise UserError(f"--text_columns: {config.data} has no column {column!r}, but "
+        raise UserError(f"--text_columns: {config.data} has no column {column!r}; the columns are "
                         f"{' '.join(map(repr, columns))}")
     return stream.with_format("arrow")
 
 def read_blocks(stream: datasets.IterableDataset, config: Config):
-    """Yield lists of BLOCK_TEXTS texts; a record without one raises UserError with its file and line."""
-    with blame(f"--data {config.data}", config):
-        for table in stream.iter(batch_size=BLOCK_TEXTS):
-            columns = [column for column in config.text_columns if column in table.column_names]
-            if any("extension" in str(table.schema.field(column).type) for column in columns):
-                raise ValueError("a text column holds other things than text")
-            yield [join_columns(row, config.text_columns) for row in table.select(columns).to_pylist()]
+    """Yield lists of BLOCK_TEXTS texts; a record without one raises UserError."""
+    with blame(f"--data {config.data}"):
+        for block in stream.iter(batch_size=BLOCK_TEXTS):
+            if not isinstance(block, dict):  # an Arrow table
+                rows = block.select(config.text_columns).to_pylist()
+                block = {"text": [join_columns(row, config.text_columns) for row in rows]}
+            yield block["text"]
 
-def join_columns(record: dict, columns: list[str]) -> str:
-    """A record's text: its columns joined by a space; some may be null or missing; ValueError if all are."""
-    values = [record.get(column) for column in columns] if isinstance(record, dict) else [record]
-    for column, value in zip(columns, values):
-        if not isinstance(value, str | None) or values == [None] * len(values):
-            raise ValueError(f"column {column!r} is {json.dumps(value, default=str):.50}, not a text")
-    return " ".join(value for value in values if value).strip()
+def first_texts(config: Config, held_out: bool):
+    """The texts of the first SAMPLE_BLOCKS blocks that are held out for evaluation, or those that are not."""
+    for block in islice(read_blocks(open_stream(config), config), SAMPLE_BLOCKS):
+        yield from (text for text in block if is_held_out(text) == held_out)
 
 # ---- data: batches
 
 class PretrainingStream(torch.utils.data.IterableDataset):
     """The micro-batches of some parts of the data, in turn, without end.
 
-    What a part yields depends on (data, seed, step) alone, not on the process that reads it. Each batch has
-    the position from which its part goes on: epoch, block of texts, batches done in it, and the state of
-    `datasets` at its start.
+    What a part yields depends on (data, seed, step) alone, not on the process that reads it. Each batch
+    carries the position from which its part resumes: (epoch, block of texts, batches done in it, state of
+    `datasets` at its start).
     """
 
     def __init__(self, config: Config, tokenizer, parts: list[int], positions: dict[int, tuple], step: int):
@@ -305,7 +324,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
 
     def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
         """Cut a block's training texts into windows, permuted, sorted by length, in nearly equal batches."""
-        texts = [text for text in texts if text_hash(text) % 1000]
+        texts = [text for text in texts if not is_held_out(text)]
         windows = cut_windows(texts, self.tokenizer, self.config.max_length)
         windows = sorted((windows[i] for i in rng.permutation(len(windows))), key=len)
         count = math.ceil(len(windows) / self.config.micro_batch_size)
@@ -323,7 +342,7 @@ def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]
 def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed: int) -> BatchEncoding:
     """A micro-batch of B windows, padded to the longest, L, and masked: input_ids and masked_ids (B, L).
 
-    chosen (M,) and visible (N,) tell where in the flattened (B·L) the masked and the not special tokens are;
+    chosen (M,) and visible (N,) index the masked and the non-special tokens in the flattened (B·L);
     attention_mask (B, L) is None where nothing is padded; sizes: how many rows each loss is a mean of.
     """
     rows, pad = [torch.tensor(window) for window in windows], nn.utils.rnn.pad_sequence
@@ -338,7 +357,7 @@ def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed
         "sizes": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
 
 def leave_signals(worker: int) -> None:
-    """In a loader process, leave signals to the training process and the other cores to other workers."""
+    """In a loader worker: leave signals to the training process, and use one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -352,12 +371,15 @@ def special_table(tokenizer, vocab_size: int) -> torch.Tensor:
     return special
 
 def word_table(tokenizer) -> torch.Tensor:
-    """(2, V): what a token joins to its left and right: it continues a word if its left is the last's right.
+    """(2, V): the kind of each token's left and right edge; a token continues the word before it if its left
+    edge is not 0 and equals the right edge of the token before it.
 
     WordPiece marks a continuation by `##`, SentencePiece the start of a word by `▁`. Byte-level BPE marks a
     space by `Ġ` and splits, as its pre-tokenizer does, between letters 1, digits 2, spaces 3 and others 4.
     """
     def _kind(character):
+        if unicodedata.east_asian_width(character) in "WF":  # Chinese, Japanese: no space between words
+            return 0
         letter = character.isalpha() or character == "\ufffd"  # the second is a byte of a longer character
         return 1 if letter else 2 if character.isnumeric() else 3 if character.isspace() else 4
 
@@ -366,9 +388,9 @@ def word_table(tokenizer) -> torch.Tensor:
     byte_level = not wordpiece and any(token.startswith("Ġ") for token in tokens)
     table = torch.ones(2, len(tokens), dtype=torch.int8)
     for i, token in enumerate(tokens):
-        if byte_level:
-            text = tokenizer.convert_tokens_to_string([token]) or " "
-            table[:, i] = torch.tensor([_kind(text[0]), _kind(text[-1])])
+        text = (tokenizer.convert_tokens_to_string([token]) if byte_level else token) or " "
+        kinds = torch.tensor([_kind(text[0]), _kind(text[-1])])
+        table[:, i] = kinds if byte_level else kinds.clamp(max=1)
         table[0, i] *= token.startswith("##") if wordpiece else not token.startswith(("▁", "Ġ"))
     table[:, tokenizer.all_special_ids] = 0
     return table
@@ -387,7 +409,7 @@ def whole_word_mask(input_ids, special, joins, mask_token_id: int, mask_ratio: f
     is_word = torch.zeros_like(is_special).scatter_(1, word, ~is_special)              # (B, W), W = L
     count = (mask_ratio * is_word.sum(1, keepdim=True)).round().clamp(min=1)
     draw = torch.rand(input_ids.shape, generator=generator).masked_fill(~is_word, 2)   # (B, W)
-    chosen_word = (draw.argsort(1).argsort(1) < count) & is_word                       # `count` least draws
+    chosen_word = (draw.argsort(1).argsort(1) < count) & is_word                       # `count` smallest
     chosen = chosen_word.gather(1, word)                                               # (B, L)
 
     draw = torch.rand(input_ids.shape, generator=generator)
@@ -438,7 +460,7 @@ def mlm_head(lm, hidden):
     raise UserError(f"--model: {type(lm).__name__} has no head of BERT, RoBERTa, DistilBERT or ModernBERT")
 
 class EnhancedDecoder(nn.Module):
-    """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline; it has positions of its own.
+    """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline, with its own positions.
 
     The queries are h_CLS + positions, the keys and values h_CLS and the embeddings of the unmasked tokens +
     positions. Token i sees position 0 and a random half of the others, never itself. This view is one draw on
@@ -447,9 +469,9 @@ class EnhancedDecoder(nn.Module):
 
     def __init__(self, lm, max_length: int):
         super().__init__()
-        width, heads = lm.config.hidden_size, lm.config.num_attention_heads
+        width, self.heads = lm.config.hidden_size, lm.config.num_attention_heads
         self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
         self.norm_query, self.norm_memory, self.norm_attention, self.norm = map(nn.LayerNorm, [width] * 4)
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
@@ -459,18 +481,20 @@ class EnhancedDecoder(nn.Module):
         queries = self.norm_query(cls[:, None] + self.positions[:length])              # (B, L, D)
         memory = torch.cat([cls[:, None], embeddings[:, 1:]], 1) + self.positions[:length]
         memory = self.norm_memory(memory)                                              # (B, L, D)
-        blind = torch.rand(batch, length, length, device=cls.device) < 0.5             # (B, L, L)
-        blind |= torch.eye(length, dtype=torch.bool, device=cls.device)
-        blind[:, :, 0] = False
+        seen = torch.rand(batch, 1, length, length, device=cls.device) < 0.5           # (B, 1, L, L)
+        seen &= ~torch.eye(length, dtype=torch.bool, device=cls.device)
+        seen[..., 0] = True
         if attention_mask is not None:
-            blind |= ~attention_mask[:, None].bool()
-        blind = blind.repeat_interleave(self.attention.num_heads, 0)                   # (B·H, L, L)
-        attended, _ = self.attention(queries, memory, memory, attn_mask=blind, need_weights=False)
+            seen &= attention_mask[:, None, None].bool()
+        projected = self.query(queries), self.key(memory), self.value(memory)
+        q, k, v = (rows.unflatten(2, (self.heads, -1)).transpose(1, 2) for rows in projected)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+        attended = self.output(attended)                                               # (B, L, D)
         decoded = self.norm_attention(queries + attended)
         return self.norm(decoded + self.feed_forward(decoded))
 
 class BowMAE(nn.Module):
-    """A masked LM and the losses of an objective; `bow` adds no parameter, `enhanced` a decoder, not kept."""
+    """A masked LM and its losses; `bow` adds no parameter, `enhanced` a decoder for training alone."""
 
     def __init__(self, lm, config: Config, special):
         super().__init__()
@@ -507,19 +531,15 @@ FRESH = {"tiny": (2, 128, 2048), "mini": (4, 256, 8192), "small": (4, 512, 16384
 
 def learn_tokenizer(config: Config):
     """An uncased WordPiece tokenizer with the vocabulary of the first texts; the same at every call."""
-    def _texts():
-        for block in islice(read_blocks(open_stream(config), config), SAMPLE_BLOCKS):
-            yield from (text for text in block if text_hash(text) % 1000)
-
     tokenizer, characters, size = BertTokenizer(), Counter(), FRESH[config.model][2]
     backend = tokenizer.backend_tokenizer
-    for text in _texts():
+    for text in first_texts(config, held_out=False):
         characters.update(backend.normalizer.normalize_str(text))
     common = sorted(characters, key=lambda character: (-characters[character], character))[: size // 8]
     alphabet = [character for character in common if not character.isspace()]
     # the trainer numbers new characters in the order of a random hash, so the vocabulary would change from
     # run to run; it is a function of the texts once all characters, and their continuations, are given
-    backend.train_from_iterator(_texts(), WordPieceTrainer(
+    backend.train_from_iterator(first_texts(config, held_out=False), WordPieceTrainer(
         vocab_size=size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False,
         special_tokens=list(tokenizer.get_vocab()) + ["##" + character for character in alphabet]))
     return BertTokenizer(vocab=backend.get_vocab(), model_max_length=max(512, config.max_length))
@@ -532,12 +552,14 @@ def load_tokenizer(source: str, config: Config | None = None):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast or tokenizer.mask_token is None or tokenizer.pad_token is None:
         raise UserError(f"--model {source}: its tokenizer must be fast and have a mask and a padding token")
+    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        raise UserError(f"--model {source}: the ids of its tokenizer have gaps")
     if tokenizer.cls_token_id is None or tokenizer("a").input_ids[0] != tokenizer.cls_token_id:
         raise UserError(f"--model {source}: its tokenizer puts no [CLS] first, so no vector would be trained")
     return tokenizer
 
 def fresh_lm(size: str, tokenizer):
-    """A new BERT of this size, for short runs: the vector of [CLS] begins with something of all its words."""
+    """A new BERT initialised for short runs: [CLS] starts out with something of all its words."""
     layers, width, _ = FRESH[size]
     lm = AutoModelForMaskedLM.from_config(BertConfig(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=layers,
@@ -564,6 +586,8 @@ def load_lm(source: str, tokenizer, max_length: int, seed: int):
                                                               output_loading_info=True)
         if report["missing_keys"]:
             raise UserError(f"--model {source} has no masked-LM head: no {min(report['missing_keys'])}")
+    if max_length <= 128 and not torch.cuda.is_available():
+        lm.set_attn_implementation("eager")  # 1.2 to 1.3 x tokens/s: CPUs' fused attention is slow backward
     mlm_head(lm, torch.zeros(1, lm.config.hidden_size))
     # RoBERTa counts positions from its padding id on
     first = getattr(getattr(lm.base_model, "embeddings", None), "padding_idx", -1) + 1
@@ -592,16 +616,13 @@ def process_group():
     """Join the processes of torchrun, or be a group of one; yields the device. CPU tensors travel by gloo."""
     logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
     transformers.utils.logging.disable_progress_bar()
-    device, backend = torch.accelerator.current_accelerator(True) or torch.device("cpu"), "gloo"
-    if device.type == "mps":  # of Apple, which gloo does not serve
-        device = torch.device("cpu")
-    if device.type != "cpu":
-        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.accelerator.device_count():
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
+        if device.index >= torch.cuda.device_count():
             print(f"error: no GPU for process {device.index}: lower --nproc_per_node", file=sys.stderr)
             sys.exit(2)
-        torch.accelerator.set_device_index(device.index)
+        torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # the first process may read, index or mine for hours while the others wait for it
     dist.init_process_group(backend, timeout=timedelta(days=7), **alone)
@@ -610,18 +631,16 @@ def process_group():
     except Exception:
         if dist.get_world_size() > 1:  # to leave the group would wait for processes that wait for us
             sys.excepthook(*sys.exc_info())
-            for child in torch.multiprocessing.active_children():
-                child.kill()
-            os._exit(1)
+            os._exit(1)  # loader processes end by themselves when they lose their parent
         raise
-    finally:  # loaders leave signals to us, and an error holds on to their iterator: end them by hand
+    finally:  # workers ignore SIGTERM, and an error keeps their iterator alive: end them here
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in torch.multiprocessing.active_children():
             child.kill()
         dist.destroy_process_group()
 
 def agree(error: Exception | None = None, numbers=()) -> list[float]:
-    """Sum numbers over all processes. Where one met an error, it is shown once and all exit with 2."""
+    """Sum numbers over all processes. If any met an error, print it once; all exit with 2."""
     mine = torch.tensor([error is not None, *numbers], dtype=torch.float64)
     rows = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
@@ -661,10 +680,11 @@ def save_checkpoint(config, lm, tokenizer, state: dict, max_length: int, similar
     pooling = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
     pooler = {} if lm.config.model_type in ("distilbert", "modernbert") else {"add_pooling_layer": False}
     log = Path(config.output, "metrics.jsonl")
-    with blame(f"--output: {target} cannot be written; mend that; the same command goes on from the last"):
+    with blame(f"--output: {target} cannot be written; fix that; the same command resumes from the last"):
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "1_Pooling").mkdir(parents=True)
         lm.save_pretrained(folder)
+        tokenizer.backend_tokenizer.no_truncation()  # left by the windows
         tokenizer.save_pretrained(folder)
         write_json(folder / "modules.json", [module, pooling])
         write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": similarity})
@@ -689,7 +709,7 @@ def list_checkpoints(output: str) -> list[Path]:
     return sorted(folders, key=lambda path: -int(path.name[11:]))
 
 def read_manifest(folder: Path) -> dict | None:
-    """The trainer_state.json of a checkpoint; None where a file has not the size it was written with."""
+    """The trainer_state.json of a checkpoint; None if a file is missing or has another size than written."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         manifest = json.loads((folder / "trainer_state.json").read_text())
         if all((folder / name).stat().st_size == size for name, size in manifest["files"].items()):
@@ -711,7 +731,7 @@ def find_checkpoint(config) -> str | None:
         if manifest is None or checkpoints and not checkpoints[0].samefile(path):
             raise UserError(f"--resume {path} is no whole checkpoint, or not the newest of --output")
         checkpoints, earlier[path] = [path], manifest["config"]
-    # no loss depends on these, so they may change between the starts of one run
+    # no loss depends on these flags (`compare` is of eval_retrieval.py), so they may change on a resume
     free = "workers output save_every keep log_every eval_every resume compare bench".split()
     for where, flags in earlier.items():
         for name, value in asdict(config).items():
@@ -740,11 +760,10 @@ def write_run(config, device: torch.device, logged: int | None = None) -> int | 
 # ---- evaluation and logs
 
 def held_out_batches(config: Config, tokenizer) -> list[BatchEncoding]:
-    """The windows of the held-out texts at the start of the data, as batches that are masked always alike."""
+    """The windows of the held-out texts at the start of the data, as batches with fixed masks."""
     tables = special_table(tokenizer, len(tokenizer)), word_table(tokenizer)
-    blocks = islice(read_blocks(open_stream(config), config), SAMPLE_BLOCKS)
-    texts = [text for block in blocks for text in block if text_hash(text) % 1000 == 0]
-    windows = sorted(cut_windows(texts, tokenizer, config.max_length)[:1024], key=len)
+    windows = cut_windows([*first_texts(config, held_out=True)], tokenizer, config.max_length)[:1024]
+    windows.sort(key=len)
     return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i)
             for i in range(0, len(windows), 64)]
 
@@ -752,19 +771,18 @@ def held_out_batches(config: Config, tokenizer) -> list[BatchEncoding]:
 def evaluate(model: BowMAE, batches: list[BatchEncoding], device) -> dict:
     """Held-out masked-LM loss (a mean over tokens), bag-of-word loss and term coverage (over windows)."""
     model.eval()
-    sums, counts = np.zeros(3), np.zeros(3)
-    for batch in batches:
-        batch = batch.to(device)
+    values, weights = [], []
+    for batch in (batch.to(device) for batch in batches):
         losses = model(batch, "bow")
         cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]          # of the unmasked text
         coverage = term_coverage(mlm_head(model.lm, cls), batch["input_ids"], model.special).mean()
-        count = np.array([len(batch["chosen"]), len(cls), len(cls)])
-        sums += count * [float(losses["mlm_loss"]), float(losses["bow_loss"]), float(coverage)]
-        counts += count
+        values.append([float(losses["mlm_loss"]), float(losses["bow_loss"]), float(coverage)])
+        weights.append([len(batch["chosen"]), len(cls), len(cls)])
     model.train()
-    if not np.isfinite(sums).all():
+    means = np.average(values, axis=0, weights=weights).tolist()
+    if not np.isfinite(means).all():
         raise UserError("a held-out loss is not finite: lower --lr, with another --output")
-    return dict(zip(("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"), (sums / counts).tolist()))
+    return dict(zip(("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"), means))
 
 def print_table(rows: dict[str, dict], columns: list[str], title: str = "") -> None:
     """An aligned table of numbers; a row is a name and its values by column."""
@@ -782,13 +800,13 @@ def write_metrics(config, record: dict) -> None:
             file.write(json.dumps(record) + "\n")
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has had, in MB: of PyTorch on a GPU, else resident."""
+    """Peak memory of this process in MB: allocated by PyTorch on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
-def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, seconds: float) -> None:
-    """Read the losses of the steps since the last line; UserError at one not finite, else log the last."""
+def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, began: float) -> None:
+    """Read the losses since the last log line; UserError if one is not finite, else log the last step."""
     for step, losses in pending:
         losses = {name: float(value) for name, value in losses.items()}
         # a loss scaler skips steps with an overflow in the gradient by itself
@@ -796,6 +814,7 @@ def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, seconds
             if not math.isfinite(losses[name]):
                 raise UserError(f"the {name} is {losses[name]} at step {step}, the last checkpoint is whole: "
                                 f"lower --lr or set --precision fp32, with another --output")
+    seconds = time.perf_counter() - began  # reading the losses has waited for the device
     rate = totals["tokens"] / seconds
     bar.set_postfix({name: losses[name] for name in losses if "_loss" in name} | {"tokens/s": int(rate)})
     if dist.get_rank() == 0:
@@ -827,7 +846,7 @@ def load_optimizer(config, model, checkpoint: str | None, device):
 
 def wrap_ddp(model, batch, device, dtype, compiled: bool = False) -> nn.Module:
     """The model under DDP, after one backward pass whose gradients are thrown away."""
-    # DDP lays its buckets out anew after its first pass; then a resumed run sums gradients in the same order
+    # DDP rebuilds its buckets after the first pass, and a resumed run must sum gradients in the same order
     model = torch.compile(model, dynamic=True) if compiled else model
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -865,7 +884,7 @@ def train_step(ddp, optimizer, scaler, batches: list, sizes: dict, lr: float, we
     return dict(zip(["loss", *losses], total)) | {"grad_norm": update(ddp, optimizer, scaler, lr)}
 
 def start_loader(config: Config, tokenizer, device, state: dict, kind: type = PretrainingStream):
-    """This process's micro-batches, from a checkpoint's state on: those of a step, and all, without end."""
+    """This process's micro-batches from a checkpoint on: those of the first step, and an iterator of all."""
     share = config.parts // dist.get_world_size()
     parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     stream = kind(config, tokenizer, parts, state.get("positions", {}), state["step"] + 1)
@@ -875,21 +894,21 @@ def start_loader(config: Config, tokenizer, device, state: dict, kind: type = Pr
     head = together(list, islice(loader, share))  # data that is bad at once ends all
     return head, chain(head, loader)
 
-def next_batches(config: Config, loader, signals: int = 0) -> tuple[list[BatchEncoding], dict, dict, int]:
-    """This process's share of a step; of all: the sizes of the losses, tokens and positions, the signals."""
+def next_batches(config: Config, loader) -> tuple[list[BatchEncoding], dict, Counter]:
+    """This process's share of a step; over all processes, the rows behind each loss, and the tokens."""
     began = time.perf_counter()
     batches = together(list, islice(loader, config.parts // dist.get_world_size()))
     waited = time.perf_counter() - began
     counts = [[b["tokens"], b["input_ids"].numel(), *b["sizes"].values()] for b in batches]
-    signals, tokens, positions, *sizes = agree(numbers=[signals, *np.sum(counts, axis=0)])
-    counts = {"tokens": tokens, "positions": positions, "waited": waited}
-    return batches, dict(zip(batches[0]["sizes"], sizes)), counts, signals
+    tokens, positions, *sizes = agree(numbers=np.sum(counts, axis=0))
+    counts = Counter(tokens=tokens, positions=positions, waited=waited)
+    return batches, dict(zip(batches[0]["sizes"], sizes)), counts
 
 def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None:
     """Take the steps after `step`, with bar, logs, evaluations and checkpoints; at a signal save and exit.
 
-    do_step(step, signals) returns losses by name, a Counter of tokens, positions and seconds waited for data,
-    and the number of signals in all processes; save(step) writes a checkpoint; evaluation(step) logs.
+    do_step(step) returns losses by name and a Counter of tokens, positions and seconds waited for data;
+    save(step) writes a checkpoint; evaluation(step) logs.
     """
     stops, leaving, pending, totals, began = [], 0, [], Counter(), time.perf_counter()
     before = {number: signal.signal(number, lambda number, frame: stops.append(number))
@@ -897,14 +916,15 @@ def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=dist.get_rank() > 0)
     while step < config.steps and not leaving:
         step += 1
-        losses, counts, leaving = do_step(step, len(stops))
+        losses, counts = do_step(step)
+        (leaving,) = agree(numbers=[len(stops)])  # signals, of all processes
         pending.append((step, losses))
         totals.update(counts)
         bar.update()
         saves = leaving or step == config.steps or step % config.save_every == 0
         evaluates = evaluation and (step == config.steps or step % config.eval_every == 0)
         if saves or evaluates or step % config.log_every == 0:
-            together(log_steps, config, device, bar, pending, totals, time.perf_counter() - began)
+            together(log_steps, config, device, bar, pending, totals, began)
             if evaluates:
                 together(evaluation, step, first=True)
             if saves:
@@ -915,7 +935,7 @@ def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None
         signal.signal(number, handler)
     if step < config.steps:
         if dist.get_rank() == 0:
-            print(f"stopped by a signal, saved after step {step}: the same command goes on", file=sys.stderr)
+            print(f"stopped by a signal, saved after step {step}: the same command resumes", file=sys.stderr)
         agree()  # wait until it is out: at the first exit torchrun ends the other processes
         sys.exit(128 + signal.SIGTERM)
 
@@ -935,13 +955,13 @@ def train(config: Config, device: torch.device) -> None:
     ddp = wrap_ddp(model, head[0].to(device), device, dtype, config.compile)
     logged = together(write_run, config, device, state.get("logged", 0), first=True)
 
-    def _step(step, signals):
-        batches, sizes, counts, signals = next_batches(config, loader, signals)
+    def _step(step):
+        batches, sizes, counts = next_batches(config, loader)
         positions.update({batch["part"]: batch["position"] for batch in batches})
         lr = learning_rate(config, step)
         weight = cosine(config.bow_weight, config.bow_weight_final, step / config.steps)  # λ
         losses = train_step(ddp, optimizer, scaler, batches, sizes, lr, weight, device, dtype)
-        return losses | {"bow_weight": weight, "lr": lr}, counts, signals
+        return losses | {"bow_weight": weight, "lr": lr}, counts
 
     def _evaluate(step):
         write_metrics(config, {"step": step} | evaluate(model, held_out, device))
@@ -966,10 +986,10 @@ def train(config: Config, device: torch.device) -> None:
     together(finish, config, first=True)
 
 def finish(config) -> None:
-    """Put the model of the last checkpoint into --output, and print what the run changed."""
+    """Put the model of the last checkpoint into --output, and print the held-out metrics before and after."""
     output, ours = Path(config.output), shutil.ignore_patterns("trainer_state.json", "training_state.pt")
-    with blame(f"--output: the model cannot be written to {output}; mend that and give the command again"):
-        newest = (list_checkpoints(output) or [config.resume])[0]  # the second, where it had no step to go
+    with blame(f"--output: the model cannot be written to {output}; fix that and give the command again"):
+        newest = (list_checkpoints(output) or [config.resume])[0]  # else no step was taken here
         shutil.copytree(newest, output, ignore=ours, dirs_exist_ok=True)
         rows = [json.loads(line) for line in (output / "metrics.jsonl").open() if '"eval_' in line]
     if rows:
@@ -1011,44 +1031,49 @@ def loader_rate(config: Config, tokenizer) -> float:
             return (tokens - marks[1][1]) / (marks[3][0] - marks[1][0])
         tokens += batch["tokens"]
 
+def model_flops(config: Config, model: BowMAE, totals: Counter) -> float:
+    """Operations that training on so many tokens, windows and rows of logits needs; padding does not count.
+
+    6 for a weight (2 forward, 4 backward): one of the encoder, and of a decoder, for each token, one of the
+    head for each row; in attention 12 · width · mean length for each layer and token, as if all was global.
+    """
+    lm = model.lm
+    weights = [*lm.base_model.named_parameters(), *model.decoder.named_parameters()]
+    matrices = sum(w.numel() for name, w in weights if w.ndim == 2 and not re.search("embed|positions", name))
+    width, layers = lm.config.hidden_size, lm.config.num_hidden_layers + (config.objective == "enhanced")
+    return 6 * totals["rows"] * width * (width + lm.config.vocab_size) + totals["tokens"] * (
+        6 * matrices + 12 * layers * width * totals["tokens"] / totals["windows"])
+
 def bench_turn(config: Config, ddp, loader, optimizer, scaler, device, dtype) -> dict:
-    """Train for four steps, and tell at what rates, over all processes, with what memory and waiting."""
-    wait_for_device = lambda: next(ddp.parameters()).sum().item()
-    # a step that does not count, since the turns of others loaded batches and left memory behind
-    for _ in range(3 if config.workers else 1):
-        batches, sizes, *_ = next_batches(config, loader)
-    train_step(ddp, optimizer, scaler, batches, sizes, config.lr, config.bow_weight, device, dtype)
-    wait_for_device()
+    """What four steps cost, over all processes, after two that do not count."""
+    steps = []
+
+    def _step():
+        batches, sizes, counts = next_batches(config, loader)
+        losses = train_step(ddp, optimizer, scaler, batches, sizes, config.lr, config.bow_weight, device,
+                            dtype)
+        rows = sum(sizes.get(name, 0) for name in losses)
+        steps.append(counts + Counter(windows=sizes["bow_loss"], rows=rows))
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():  # Linux forgets the peak so far
         Path("/proc/self/clear_refs").write_text("5")
-    lm, totals, began = ddp.module.lm, Counter(), time.perf_counter()
-    for _ in range(4):
-        batches, sizes, counts, _ = next_batches(config, loader)
-        losses = train_step(ddp, optimizer, scaler, batches, sizes, config.lr, config.bow_weight, device,
-                            dtype)
-        totals.update(counts, windows=sizes["bow_loss"], rows=sum(sizes.get(name, 0) for name in losses))
-    wait_for_device()
-    seconds = time.perf_counter() - began
-    # 6 operations for a weight (2 forward, 4 backward): of the encoder, and a decoder, for each token, of the
-    # head for each row that a loss needs; 12 · width · mean length for each layer and token in attention, as
-    # if all of it were global. Padding does not count
-    weights = [*lm.base_model.named_parameters(), *ddp.module.decoder.named_parameters()]
-    matrices = sum(w.numel() for name, w in weights if w.ndim == 2 and not re.search("embed|positions", name))
-    width, layers = lm.config.hidden_size, lm.config.num_hidden_layers + (config.objective == "enhanced")
-    flops = 6 * totals["rows"] * width * (width + lm.config.vocab_size) + totals["tokens"] * (
-        6 * matrices + 12 * layers * width * totals["tokens"] / totals["windows"])
+    timer = torch.utils.benchmark.Timer("step()", globals={"step": _step},
+                                        num_threads=torch.get_num_threads())
+    seconds = 4 * timer.timeit(4).mean  # takes two steps more before, and waits for the device
+    totals = sum(steps[-4:], Counter())
     return {"samples/s": totals["windows"] / seconds, "tokens/s": totals["tokens"] / seconds,
-            "waiting": totals["waited"] / seconds, "FLOP/s": flops / seconds, "MB": peak_memory(device)}
+            "waiting": totals["waited"] / seconds, "MB": peak_memory(device),
+            "FLOP/s": model_flops(config, ddp.module, totals) / seconds}
 
 def bench(config: Config, device: torch.device) -> None:
-    """Train the objectives by turns on the same texts, ten rounds of five steps, and print what each costs.
+    """Train the objectives by turns on the same texts, for ten rounds, and print what each costs.
 
     `paper` is `bow` as the paper's code computes it. The first two rounds are not counted; the table has the
     medians of the others, and of the ratio to `mlm` in the same round the extremes too. MB is the peak of a
-    process, but for what the other rows keep; MFU is the share that a model needs of the rate of large matrix
-    products; waiting is that of the first process. It needs more memory than training, for `paper` above all.
+    process, less what the other rows keep; MFU is the share of the rate of large matrix products that the
+    model needs; waiting is that of the first process. It needs more memory than training does.
     """
     dtype, runs, kept = compute_dtype(config.precision, device), {}, {}
     torch._dynamo.config.recompile_limit = 64  # all objectives share one forward
@@ -1062,14 +1087,13 @@ def bench(config: Config, device: torch.device) -> None:
         ddp = wrap_ddp(model, head[0].to(device), device, dtype, config.compile)
         runs[name] = own, ddp, loader, *load_optimizer(own, model, None, device)[:2], device, dtype
         kept[name] = 4 * 4 * sum(weight.numel() for weight in model.parameters()) / 2**20  # AdamW's two, too
-    # forth and back, so that `mlm` and `bow` have like turns before them: after `paper` all is slower
+    # back and forth, so that `mlm` and `bow` have like turns before them: after `paper` all is slower
     rounds = [{name: bench_turn(*runs[name]) for name in list(runs)[:: (-1) ** turn]}
               for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0)][2:]
     matrix = torch.randn(2 * (8192 if device.type == "cuda" else 1024,), device=device).to(dtype)
     timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix},
                                         num_threads=torch.get_num_threads())
-    dense = 2 * len(matrix) ** 3 / timer.timeit(20).median * dist.get_world_size()
-    report = {}
+    dense, report = 2 * len(matrix) ** 3 / timer.timeit(20).median * dist.get_world_size(), {}
     for name in runs:
         turns = [turn[name] for turn in rounds]
         row = report[name] = {key: float(np.median([turn[key] for turn in turns])) for key in turns[0]}
@@ -1093,7 +1117,7 @@ def print_bench(config: Config, device: torch.device, tokenizer, report: dict, d
                           "config": asdict(config)})
 
 def main(argv: list[str] | None = None) -> None:
-    """Pre-train with the flags of a command line; exits with 2 and one line on an error the user can mend."""
+    """Pre-train with the flags of a command line; exits with 2 and one line on an error the user can fix."""
     with process_group() as device:
         config = together(parse_config, argv)
         (bench if config.bench else train)(config, device)

@@ -26,7 +26,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from itertools import groupby, takewhile
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +48,8 @@ class RetrievalConfig:
     """Commands: evaluate, mine, finetune, search TEXT, explain TEXT; without one, the whole recipe."""
 
     data: str = HfArg(default="python-docs", help="python-docs, BEIR folder or hub name, MS MARCO folder")
-    split: str = HfArg(default="test", help="of the queries to evaluate")
-    train_split: str = HfArg(default="train", help="of the queries to fine-tune on or mine negatives for")
+    split: str = HfArg(default="test", help="split whose queries are evaluated")
+    train_split: str = HfArg(default="train", help="split whose queries are fine-tuned on or mined for")
     train_data: str = HfArg(default="", help="a Tevatron .jsonl to fine-tune on, instead of --data")
     model: str = HfArg(default="out/bow_mae", help="masked LM (folder, hub name), or bm25")
     output: str = HfArg(default="out/retrieval", help="folder of all that is written")
@@ -58,33 +58,32 @@ class RetrievalConfig:
     max_query_length: int = HfArg(default=32, help="tokens of a query")
     max_passage_length: int = HfArg(default=96, help="tokens of a passage")
     similarity: Literal["dot", "cos"] = HfArg(default="dot", help="between two [CLS] vectors")
-    relevance_level: int = HfArg(default=1, help="least grade that counts as relevant, but for nDCG")
+    relevance_level: int = HfArg(default=1, help="lowest relevant grade; nDCG always uses the grades")
     keep_identical_ids: bool = HfArg(default=False, help="keep a passage whose id is that of its query")
-    compare: str = HfArg(default="", help="a run file of the same queries, to test the differences from")
+    compare: str = HfArg(default="", help="TREC run file to compare with, by a permutation test")
     depth: list[int] = HfArg(default_factory=lambda: [2, 200], help="first and last rank to mine")
-    sample: int = HfArg(default=128, help="negatives to draw of these ranks for each query")
-    max_positive_ratio: float = HfArg(default=0.0, help="drop those above this share of the positive's score")
-    negatives_file: str = HfArg(default="", help="what `mine` wrote; else others' relevant passages")
+    sample: int = HfArg(default=128, help="negatives drawn per query from these ranks")
+    max_positive_ratio: float = HfArg(default=0.0, help="drop those above it x the positive's score")
+    negatives_file: str = HfArg(default="", help="negatives.jsonl of `mine`; else other queries' positives")
     negatives: int = HfArg(default=1, help="hard negatives of a query in a batch")
-    temperature: float = HfArg(default=1.0, help="that scores are divided by in the loss")
+    temperature: float = HfArg(default=1.0, help="softmax temperature of the contrastive loss")
     epochs: int = HfArg(default=1, help="passes over the training queries")
     steps: int = HfArg(default=0, help="optimizer steps; 0: as many as --epochs make")
     batch_size: int = HfArg(default=64, help="queries in an optimizer step, over all processes")
-    micro_batch_size: int = HfArg(default=32, help="queries that are padded together")
+    micro_batch_size: int = HfArg(default=32, help="queries encoded together; a step holds them all")
     lr: float = HfArg(default=5e-4, help="peak learning rate of AdamW")
-    lr_final_ratio: float = HfArg(default=0.1, help="last learning rate over the peak, reached by a cosine")
+    lr_final_ratio: float = HfArg(default=0.1, help="final learning rate over its peak, by a cosine")
     warmup_steps: int = HfArg(default=50, help="steps of linear warm-up")
-    weight_decay: float = HfArg(default=0.01, help="of AdamW, on matrices alone")
+    weight_decay: float = HfArg(default=0.01, help="AdamW weight decay; biases and LayerNorm are exempt")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 if native")
     seed: int = HfArg(default=0, help="of the order of the queries, the negatives and the dropout")
-    workers: int = HfArg(default=0, help="loader processes of each process")
+    workers: int = HfArg(default=0, help="data-loader workers per process")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=1, help="newest checkpoints that stay")
+    keep: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
-    resume: str = HfArg(default="auto", help="auto: the newest whole checkpoint; never; or a folder of one")
+    resume: str = HfArg(default="auto", help="auto (newest complete checkpoint), never, or its folder")
 
-    def check(self) -> None:
-        """Raise UserError where values do not go together."""
+    def __post_init__(self):
         if len(self.depth) != 2 or not 1 <= self.depth[0] <= self.depth[1]:
             raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
         if not self.temperature:
@@ -112,6 +111,10 @@ class Task:
         titles = some.get("title", [""] * len(some["text"]))
         return [f"{title or ''} {text or ''}".strip() for title, text in zip(titles, some["text"])]
 
+def clean(text: str | None) -> str:
+    """The text, but for halves of surrogate pairs, which no tokenizer takes; null is empty."""
+    return (text or "").encode(errors="replace").decode()
+
 def read_records(path: Path, columns: str = ""):
     """Yield (line number, record) of a .jsonl(.gz) or .tsv(.gz); without columns, a list of the fields."""
     number = 0
@@ -136,14 +139,14 @@ def find_file(folder: Path, *names: str) -> Path | None:
     paths = [folder / (name + end) for name in names for end in ("", ".gz")]
     return next((path for path in paths if path.is_file()), None)
 
-def read_passages(path: str, stamp: str):
-    """Yield the passages of a corpus.jsonl or collection.tsv; the stamp is part of the key of their cache."""
+def read_passages(path: str):
+    """Yield the passages of a corpus.jsonl or collection.tsv."""
     for number, record in read_records(Path(path), "_id text"):
         passage_id, texts = record.get("_id", record.get("id")), [record.get("title"), record.get("text")]
-        torn = ".jsonl" not in path and "text" not in record
-        if passage_id is None or torn or not all(isinstance(text, str | None) for text in texts):
+        no_text = ".jsonl" not in Path(path).name and "text" not in record
+        if passage_id is None or no_text or not all(isinstance(text, str | None) for text in texts):
             raise UserError(f"{path}, line {number}: a passage needs an _id and a text")
-        yield {"_id": str(passage_id), "title": texts[0] or "", "text": texts[1] or ""}
+        yield {"_id": str(passage_id), "title": clean(texts[0]), "text": clean(texts[1])}
 
 def read_queries(path: Path) -> tuple[dict, dict]:
     """Texts and answers (if any) by query id, of a queries.jsonl or queries.tsv."""
@@ -151,8 +154,8 @@ def read_queries(path: Path) -> tuple[dict, dict]:
     for number, record in read_records(path, "_id text"):
         query_id, text = str(record.get("_id", record.get("id"))), record.get("text", record.get("query"))
         if query_id == "None" or not isinstance(text, str) or query_id in queries:
-            raise UserError(f"{path}, line {number}: a query needs an _id of its own and a text")
-        queries[query_id] = text.encode(errors="replace").decode()  # half an emoji is no text
+            raise UserError(f"{path}, line {number}: a query needs a unique _id and a text")
+        queries[query_id] = clean(text)
         if record.get("answers"):
             answers[query_id] = record["answers"]
             if not isinstance(answers[query_id], list) or {*map(type, answers[query_id])} != {str}:
@@ -166,7 +169,7 @@ def read_qrels(path: Path) -> dict:
         if number == 1 and fields[-1:] == ["score"] or not fields:
             continue
         if len(fields) not in (3, 4) or not re.fullmatch(r" *-?\d+ *", fields[-1]):
-            raise UserError(f"{path}, line {number}: give query-id, passage-id and a whole number")
+            raise UserError(f"{path}, line {number}: expected query-id, passage-id and an integer grade")
         qrels[fields[0]][fields[-2]] = int(fields[-1])
     return dict(qrels)
 
@@ -175,9 +178,10 @@ def cached(read, path: Path, features: datasets.Features | None = None) -> datas
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
     with blame(f"{path} cannot be read, or {cache} not written"):
         try:
-            stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
-            return datasets.Dataset.from_generator(read, gen_kwargs={"path": str(path), "stamp": stamp},
-                                                   features=features, cache_dir=cache)
+            stamp = f"{read.__name__} {path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+            return datasets.Dataset.from_generator(
+                read, gen_kwargs={"path": str(path)}, features=features, cache_dir=cache,
+                fingerprint=hashlib.sha256(stamp.encode()).hexdigest()[:32])
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error  # a UserError with file and line
 
@@ -195,12 +199,13 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
     elif folder.is_dir():
         corpus = find_file(folder, "corpus.jsonl", "collection.tsv")
         judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
-        asked = find_file(folder, f"queries.{split}.tsv", "queries.jsonl", "queries.tsv")
+        names = (f"queries{part}{end}" for part in (f".{split}", "") for end in (".tsv", ".jsonl"))
+        asked = find_file(folder, *names)
         queries, answers = read_queries(asked) if asked else ({}, {})
-        if not corpus or not queries or not judged and not answers:
-            found = sorted([*folder.glob("qrels/*"), *folder.glob("qrels.*")])
+        found = sorted([*folder.glob("qrels/*"), *folder.glob("qrels.*")])
+        if not corpus or not queries or not judged and (found or not answers):
             there = " ".join(str(path.relative_to(folder)) for path in found)
-            missing = "corpus.jsonl" if not corpus else "queries" if not queries else f"qrels of {split}"
+            missing = "corpus.jsonl" if not corpus else f"{'qrels' if queries else 'queries'} of {split}"
             raise UserError(f"--data {folder} has no {missing}; its qrels are {there or 'none'}")
         qrels = read_qrels(judged) if judged else {name: {} for name in answers}
         passages, same_ids = cached(read_passages, corpus), ".jsonl" in corpus.name
@@ -209,9 +214,9 @@ def load_task(config: RetrievalConfig, split: str) -> Task:
             passages = datasets.load_dataset(config.data, "corpus", split="corpus")
             asked = datasets.load_dataset(config.data, "queries", split="queries")
             judged = datasets.load_dataset(f"{config.data}-qrels", split=split)
-        queries, qrels = dict(zip(map(str, asked["_id"]), asked["text"])), defaultdict(dict)
-        for query_id, passage_id, grade in zip(judged["query-id"], judged["corpus-id"], judged["score"]):
-            qrels[str(query_id)][str(passage_id)] = int(grade)
+            queries, qrels = dict(zip(map(str, asked["_id"]), map(clean, asked["text"]))), defaultdict(dict)
+            for query_id, passage_id, grade in zip(judged["query-id"], judged["corpus-id"], judged["score"]):
+                qrels[str(query_id)][str(passage_id)] = int(grade)
     return check_task(config, passages, queries, qrels, answers, same_ids)
 
 def check_task(config, passages, queries: dict, qrels: dict, answers: dict, same_ids: bool) -> Task:
@@ -220,7 +225,7 @@ def check_task(config, passages, queries: dict, qrels: dict, answers: dict, same
     rows = {name: row for row, name in enumerate(ids)}
     if len(rows) < len(ids):
         twice = next(name for row, name in enumerate(ids) if rows[name] != row)
-        raise UserError(f"--data {config.data}: passage id {twice!r} stands there twice")
+        raise UserError(f"--data {config.data}: passage id {twice!r} occurs twice")
     unknown = [name for name in qrels if name not in queries]
     unknown += [name for judged in qrels.values() for name in judged if name not in rows]
     if unknown:
@@ -228,8 +233,8 @@ def check_task(config, passages, queries: dict, qrels: dict, answers: dict, same
     if not answers and not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
         raise UserError(f"--data {config.data}: the qrels name no relevant passage")
     answers = {name: answers[name] for name in qrels if name in answers}
-    same_ids = same_ids and not config.keep_identical_ids
-    return Task(passages, rows, {name: queries[name] for name in qrels}, qrels, answers, same_ids)
+    return Task(passages, rows, {name: queries[name] for name in qrels}, qrels, answers,
+                same_ids and not config.keep_identical_ids)
 
 # ---- BM25
 
@@ -237,16 +242,17 @@ def bm25(texts: list[str], queries: list[str], k: int) -> tuple[np.ndarray, np.n
     """The k best texts for each query: scores and rows (Q, k), row -1 where none matches; seconds of search.
 
     Robertson's BM25 as in Lucene, k1 = 0.9, b = 0.4, over runs of letters, digits and `_` in lower case. The
-    inverted index is in memory, some 30 bytes a posting: meant for up to a few million passages.
+    inverted index is in memory, some 35 bytes a posting: meant for up to a few million passages.
     """
-    words, postings, lengths = {}, [array("i"), array("i"), array("i")], []  # number of word, row, count
-    for row, text in enumerate(tqdm(texts, desc="BM25 index", unit="passage", leave=False)):
+    words, numbers, counts, sizes, lengths = {}, array("i"), array("i"), [], []
+    for text in tqdm(texts, desc="BM25 index", unit="passage", leave=False):
         found = Counter(re.findall(r"\w+", text.lower()))
-        for word, count in found.items():
-            for column, value in zip(postings, (words.setdefault(word, len(words)), row, count)):
-                column.append(value)
+        numbers.extend(words.setdefault(word, len(words)) for word in found)
+        counts.extend(found.values())
+        sizes.append(len(found))
         lengths.append(found.total())
-    numbers, rows, counts = (np.array(column) for column in postings)
+    numbers, counts = np.asarray(numbers), np.asarray(counts)  # (postings,)
+    rows = np.repeat(np.arange(len(texts), dtype=np.int32), sizes)
     frequency = np.bincount(numbers, minlength=len(words))                             # (words,)
     idf = np.log(1 + (len(lengths) - frequency + 0.5) / (frequency + 0.5))
     norm = 0.9 * (1 - 0.4 + 0.4 * np.array(lengths) / max(np.mean(lengths), 1e-9))     # (passages,)
@@ -311,27 +317,22 @@ def cls_vectors(encoder, batch, similarity: str):
 def encode_passages(config: RetrievalConfig, task: Task, encoder: Encoder) -> list[Path]:
     """Write the vectors of this process's share of the passages, CHUNK a file; returns the files in order.
 
-    A file that an earlier run finished is used again; UserError if it is of another encoder or other texts.
+    A file is named by a hash of the encoder and its texts, so one that an earlier run finished serves again.
     """
-    folder, size = Path(config.output, "vectors"), len(task.passages)
-    starts = np.array_split(np.arange(0, size, CHUNK), dist.get_world_size())[dist.get_rank()]
-    files = [folder / f"{start:010}.npy" for start in starts]
-    for start, file in zip(starts, tqdm(files, desc="encode", unit="passage", unit_scale=CHUNK, leave=False,
-                                        disable=dist.get_rank() > 0)):
+    with blame(f"--index {config.index}"):  # a typo must not cost the encoding
+        faiss.index_factory(encoder.lm.config.hidden_size, config.index)
+    folder, size, rank, files = Path(config.output, "vectors"), len(task.passages), dist.get_rank(), []
+    starts = np.array_split(np.arange(0, size, CHUNK), dist.get_world_size())[rank]
+    for start in tqdm(starts, "encode", unit="passage", unit_scale=CHUNK, leave=False, disable=rank > 0):
         texts = task.texts(range(start, min(start + CHUNK, size)))
         key = hashlib.sha256("\0".join([encoder.key, *texts]).encode()).hexdigest()
-        sidecar = file.with_suffix(".json")
-        with blame(f"--output {folder} cannot be read"):
-            if sidecar.exists() and json.loads(sidecar.read_text())["key"] != key:
-                raise UserError(f"--output {folder} holds vectors of another model, of other passages or "
-                                f"flags: give another --output")
-        if not sidecar.exists():
+        files.append(folder / f"{start:010}-{key}.npy")
+        if not files[-1].exists():
             vectors = encoder(texts, config.max_passage_length)
             with blame(f"--output {folder} cannot be written"):
                 folder.mkdir(parents=True, exist_ok=True)
-                np.save(file.with_suffix(".tmp.npy"), vectors)
-                file.with_suffix(".tmp.npy").replace(file)
-                bow_mae.write_json(sidecar, {"key": key, "model": config.model})
+                np.save(folder / f"{start:010}.tmp.npy", vectors)
+                (folder / f"{start:010}.tmp.npy").replace(files[-1])
     return files
 
 # ---- search
@@ -342,16 +343,16 @@ def build_index(config: RetrievalConfig, task: Task, files: list[Path], encoder:
     path, width = Path(config.output, "index", f"{dist.get_rank():05}.faiss"), encoder.lm.config.hidden_size
     together(shutil.rmtree, path.parent, True, first=True)  # of another number of processes
     with blame(f"--index {config.index} or --output {path}"):
-        kind = config.index if files else "Flat"  # which alone needs no training
+        kind = config.index if files else "Flat"  # without passages there is nothing to train on
         index = faiss.index_factory(width, f"IDMap,{kind}", faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:  # on up to 100,000 vectors, evenly spaced
             step = -(-len(files) * CHUNK // 100_000)
             index.train(np.concatenate([np.load(file, mmap_mode="r")[::step] for file in files]))
         if (inverted := faiss.try_extract_index_ivf(index)) is not None:
-            inverted.nprobe = max(1, inverted.nlist // 16)  # lists to read, against 1
+            inverted.nprobe = max(1, inverted.nlist // 16)  # lists probed per query; the default is 1
         for file in files:
             vectors = np.load(file)
-            index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem))
+            index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem[:10]))
         path.parent.mkdir(exist_ok=True)
         faiss.write_index(index, str(path))
         bow_mae.write_json(path.with_suffix(".json"), {
@@ -400,7 +401,8 @@ def evaluate_run(run: dict, qrels: dict, relevance_level: int = 1, keep_identica
 
     run {query id: {passage id: score}}, qrels {query id: {passage id: grade}}. A query without a passage of a
     positive grade is left out, one that the run lacks scores 0. A passage is relevant from relevance_level
-    on; nDCG has the grades as gains (trec_eval m_ndcg_cut.c), MAP is cut at 1000 (m_map.c).
+    on; nDCG has the grades as gains (trec_eval m_ndcg_cut.c), MAP is cut at 1000 (m_map.c). A passage with
+    the id of its query is dropped, as in BEIR, unless keep_identical_ids.
     """
     results, dcg = {}, lambda gains: sum(gain / np.log2(rank + 1) for rank, gain in enumerate(gains, 1))
     for query_id, judged in qrels.items():
@@ -409,14 +411,14 @@ def evaluate_run(run: dict, qrels: dict, relevance_level: int = 1, keep_identica
         names = [name for name in ranking(run.get(query_id, {})) if keep_identical_ids or name != query_id]
         grades = [max(judged.get(name, 0), 0) for name in names[:10]]
         ideal = sorted((max(grade, 0) for grade in judged.values()), reverse=True)[:10]
-        count = sum(grade >= relevance_level for grade in judged.values())
+        count = sum(grade >= relevance_level for grade in judged.values()) or 1
         ranks = [rank for rank, name in enumerate(names, 1) if judged.get(name, 0) >= relevance_level]
         precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
         results[query_id] = {
             "MRR@10": 1 / ranks[0] if ranks and ranks[0] <= 10 else 0.0,
             "nDCG@10": dcg(grades) / dcg(ideal),
-            "MAP@1000": sum(precisions) / max(count, 1),
-            **{f"Recall@{k}": sum(rank <= k for rank in ranks) / max(count, 1) for k in (50, 100, 1000)},
+            "MAP@1000": sum(precisions) / count,
+            **{f"Recall@{k}": sum(rank <= k for rank in ranks) / count for k in (50, 100, 1000)},
             **{f"Hit@{k}": float(any(rank <= k for rank in ranks)) for k in (1, 10, 50, 1000)}}
     return results
 
@@ -472,20 +474,21 @@ def judged_examples(config: RetrievalConfig, task: Task) -> list[dict]:
         if not known or not task.rows.keys() >= {*map(str, names)}:
             raise UserError(f"--negatives_file {path}, line {number}: query {query_id!r} is not in "
                             f"--train_split {config.train_split}, or a negative is not in --data")
-        negatives[query_id] = np.array([task.rows[str(name)] for name in names], np.int32)
+        negatives[query_id] = np.array([task.rows[str(name)] for name in names
+                                        if task.qrels[query_id].get(str(name), 0) < 1], np.int32)
     for query_id, judged in task.qrels.items():
         positives = [task.rows[name] for name in judged if judged[name] >= config.relevance_level]
         examples.append({"query": task.queries[query_id], "positives": positives,
                          "negatives": negatives.get(query_id, [])})
     return [example for example in examples if example["positives"]]
 
-def read_examples(path: str, stamp: str):
+def read_examples(path: str):
     """Yield the examples of a .jsonl in Tevatron's format; a `score` in a passage is a teacher's."""
     for number, record in read_records(Path(path)):
         sides = [record.get("positive_passages"), record.get("negative_passages") or []]
         if not isinstance(record.get("query"), str) or not sides[0] or not all(
                 isinstance(side, list) and all(isinstance(p, dict) for p in side) for side in sides):
-            raise UserError(f"--train_data {path}, line {number}: a query and positive_passages are needed")
+            raise UserError(f"--train_data {path}, line {number}: give a query and positive_passages, a list")
         example = {"query": record["query"]}
         for side, passages in zip(("positives", "negatives"), sides):
             example[side] = [f"{p.get('title') or ''} {p.get('text') or ''}".strip() for p in passages]
@@ -493,29 +496,26 @@ def read_examples(path: str, stamp: str):
         yield example
 
 class FinetuningSteps(torch.utils.data.Dataset):
-    """The micro-batches of this process in each step, from 1 on; a function of (seed, step) alone."""
+    """This process's micro-batches of a step, by (seed, step) alone; an epoch drops its incomplete batch."""
 
     def __init__(self, config: RetrievalConfig, tokenizer, examples, task: Task | None):
         self.config, self.tokenizer, self.examples, self.task = config, tokenizer, examples, task
         share = config.batch_size // dist.get_world_size()
-        self.mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share, config.micro_batch_size)
+        self.starts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share, config.micro_batch_size)
 
     def __getitem__(self, step: int) -> list[dict]:
-        config = self.config
+        config, cut = self.config, {"truncation": True, "padding": True, "return_tensors": "pt"}
         epoch, at = divmod(step - 1, len(self.examples) // config.batch_size)
         order = np.random.default_rng([config.seed, epoch]).permutation(len(self.examples))
-        chosen = order[at * config.batch_size : (at + 1) * config.batch_size]
-        batches = []
-        for first in self.mine:
+        batches, chosen = [], order[at * config.batch_size : (at + 1) * config.batch_size]
+        for first in self.starts:
             queries, passages, scores = zip(*(self.draw(int(i), epoch)
                                               for i in chosen[first : first + config.micro_batch_size]))
-            batch = {"seed": hash((config.seed, step, first)),  # of integers: the same in every process
-                     "teacher": torch.tensor(np.array(scores, np.float32))}            # NaN where None
-            for side, texts, length in (("queries", list(queries), config.max_query_length),
-                                        ("passages", sum(passages, []), config.max_passage_length)):
-                batch[side] = self.tokenizer(texts, truncation=True, max_length=length, padding=True,
-                                             return_tensors="pt")                      # (N, L)
-            batches.append(batch)
+            batches.append({
+                "queries": self.tokenizer(list(queries), max_length=config.max_query_length, **cut),  # (b, L)
+                "passages": self.tokenizer(sum(passages, []), max_length=config.max_passage_length, **cut),
+                "teacher": torch.tensor(np.array(scores, np.float32)),                 # (b, 1+n), NaN: none
+                "seed": hash((config.seed, step, first))})  # of integers: the same in every process
         return batches
 
     def draw(self, i: int, epoch: int) -> tuple[str, list[str], list]:
@@ -524,9 +524,11 @@ class FinetuningSteps(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.config.seed, epoch, i])
         positive, pool = rng.integers(len(example["positives"])), example["negatives"]
         if not len(pool):  # passages of other queries
-            others = (i + 1 + rng.integers(max(len(self.examples) - 1, 1), size=count)) % len(self.examples)
-            found = [self.examples[int(other)]["positives"][0] for other in others]
-            pool = [passage for passage in found if passage not in example["positives"]] or found
+            others = map(int, rng.integers(len(self.examples), size=count + 64))
+            found = (self.examples[other]["positives"][0] for other in others)
+            pool = list(islice((one for one in found if one not in example["positives"]), count))
+            if count and not pool:
+                raise UserError(f"--negatives {count}: no passage of another query can be one")
         picks = rng.choice(len(pool), count, replace=len(pool) < count)
         passages = [example["positives"][positive], *(pool[pick] for pick in picks)]
         scores, given = [None] * len(passages), example.get("negatives_scores")
@@ -544,7 +546,8 @@ class BiEncoder(nn.Module):
     def forward(self, batches: list[dict]) -> dict:
         """The losses over all queries of the step, by name, from this process's micro-batches.
 
-        Each process has the gradient of its own vectors alone: over processes they sum to that of one.
+        Each process back-propagates through its own vectors: over processes the gradients sum to that of one.
+        All passages of other queries are negatives, as in DPR.
         """
         encoded = []
         for batch in batches:
@@ -602,13 +605,13 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
     ddp = bow_mae.wrap_ddp(model, together(stream.__getitem__, 1), device, dtype)
     together(bow_mae.write_run, config, device, state.get("logged", 0), first=True)
 
-    def _step(step, signals):
+    def _step(step):
         began = time.perf_counter()
         batches = together(next, loader)
         waited, lr = time.perf_counter() - began, bow_mae.learning_rate(config, step)
         masks = [batch[side]["attention_mask"] for batch in batches for side in ("queries", "passages")]
         sizes = [sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)]
-        signals, tokens, positions = bow_mae.agree(numbers=[signals, *sizes])
+        tokens, positions = bow_mae.agree(numbers=sizes)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = ddp(batches)
         loss = sum(losses.values())
@@ -616,7 +619,7 @@ def finetune(config: RetrievalConfig, device: torch.device) -> None:
         grad_norm = bow_mae.update(ddp, optimizer, scaler, lr)
         logged = {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
         counts = {"tokens": tokens, "positions": positions, "waited": waited}
-        return logged | {"grad_norm": grad_norm, "lr": lr}, counts, signals
+        return logged | {"grad_norm": grad_norm, "lr": lr}, counts
 
     def _save(step):
         state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -643,22 +646,22 @@ def mine(config: RetrievalConfig, device: torch.device) -> None:
 def write_negatives(config: RetrievalConfig, task: Task, found) -> None:
     """Draw --sample of the ranks --depth of each query, without its own positives and near-positives."""
     scores, rows, _ = found
-    path, kept = Path(config.output, "negatives.jsonl"), 0
+    path, kept, empty = Path(config.output, "negatives.jsonl"), 0, 0
     with blame(f"--output {path} cannot be written"), path.with_suffix(".tmp").open("w") as file:
         for i, (query_id, hits) in enumerate(make_run(task, scores, rows, config.depth[1])):
             positives = {name for name, grade in task.qrels[query_id].items() if grade > 0}
             names = [name for name in list(hits)[config.depth[0] - 1 :] if name not in positives]
-            if config.max_positive_ratio and hits:  # a positive that was not found has the last rank
+            if config.max_positive_ratio and hits:  # an unretrieved positive gets the last score
                 best = max((hits[name] for name in positives & hits.keys()), default=min(hits.values()))
                 most = best - (1 - config.max_positive_ratio) * abs(best)
                 names = [name for name in names if hits[name] <= most]
             rng, count = np.random.default_rng([config.seed, i]), min(config.sample, len(names))
             chosen = [names[pick] for pick in sorted(rng.choice(len(names), count, replace=False))]
-            kept += len(chosen)
+            kept, empty = kept + len(chosen), empty + (not chosen)
             file.write(json.dumps({"query_id": query_id, "negatives": chosen,
                                    "scores": [hits[name] for name in chosen]}) + "\n")
     path.with_suffix(".tmp").replace(path)
-    print(f"{kept:,} negatives of {len(task.queries):,} queries in {path}")
+    print(f"{kept:,} negatives of {len(task.queries):,} queries in {path}, none of {empty:,}")
 
 # ---- commands
 
@@ -711,8 +714,8 @@ def recipe(config: RetrievalConfig, device: torch.device) -> None:
     on = lambda folder, **flags: replace(config, output=str(output / folder), **flags)
     table["BM25"] = evaluate(on("bm25", model="bm25"), device)
     table["zero-shot"] = evaluate(on(folder), device)
-    for stage in ("stage1", "stage2"):  # each from the pre-trained model, with negatives of the model before
-        mine(on(folder, model=model), device)  # by the vectors of its evaluation
+    for stage in ("stage1", "stage2"):  # each from the pre-trained model, its negatives from the one before
+        mine(on(folder, model=model), device)
         negatives = str(output / folder / "negatives.jsonl")
         finetune(on(f"{stage}/model", negatives_file=negatives), device)
         folder, model = f"{stage}/test", str(output / stage / "model")
@@ -733,8 +736,8 @@ def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
                             f"flags: give those, or run `evaluate` again")
         indexes.append(index)
     if not indexes or len(indexes) != saved["processes"]:
-        raise UserError(f"--output {folder} is no whole index: run `evaluate` with these flags first")
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        raise UserError(f"--output {folder} holds no complete index: run `evaluate` with these flags first")
+    with contextlib.suppress(EOFError, KeyboardInterrupt, UnicodeDecodeError):
         for line in [text] if text else iter(lambda: input("search: ").strip(), ""):
             vectors = encoder([line], config.max_query_length)
             scores, rows = merge([index.search(vectors, 10) for index in indexes])
@@ -744,7 +747,7 @@ def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
                     print(f"{score:8.3f}  {task.passages[row]['_id']}\n          {passage[:150]}")
 
 def explain(config: RetrievalConfig, device: torch.device, text: str) -> None:
-    """Print which terms the [CLS] vector of a text holds: the text with them in colour, the best, a share."""
+    """Print a text with the terms its [CLS] holds in colour, the 20 best terms of [CLS] and the coverage."""
     encoder = Encoder(config, device)
     tokens = encoder.tokenizer(text, truncation=True, max_length=config.max_passage_length,
                                return_offsets_mapping=True)
@@ -772,7 +775,7 @@ def explain(config: RetrievalConfig, device: torch.device, text: str) -> None:
 COMMANDS = {"evaluate": evaluate, "mine": mine, "finetune": finetune, "search": search, "explain": explain}
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command, or all of the recipe; exits with 2 and one line on an error that the user can mend."""
+    """Run a command, or all of the recipe; exits with 2 and one line on an error that the user can fix."""
     argv = sys.argv[1:] if argv is None else argv
     words = list(takewhile(lambda word: not word.startswith("-"), argv))  # a command, and perhaps its text
 
@@ -788,7 +791,7 @@ def main(argv: list[str] | None = None) -> None:
     with bow_mae.process_group() as device:
         config, command = together(_parse), COMMANDS[words[0]] if words else recipe
         if command in (search, explain):
-            together(command, config, device, "".join(words[1:]), first=True)
+            together(command, config, device, clean("".join(words[1:])), first=True)
         else:
             command(config, device)
 

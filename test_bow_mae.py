@@ -33,7 +33,6 @@ os.environ |= {"HF_HOME": CACHE.name, "HF_DATASETS_CACHE": CACHE.name, "HF_HUB_O
                "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import datasets
-import faiss
 import numpy as np
 import pytest
 import tokenizers
@@ -46,7 +45,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 import bow_mae
 import eval_retrieval
-from bow_mae import BowMAE, Config, PretrainingStream, UserError, bow_loss, special_table, term_coverage
+from bow_mae import BowMAE, Config, PretrainingStream, bow_loss, special_table, term_coverage
 from eval_retrieval import RetrievalConfig, evaluate_run
 
 torch.set_num_threads(1)
@@ -247,7 +246,7 @@ def unfinished(unbroken, tmp_path):
 
 
 def test_bow_loss_and_its_gradient_are_those_of_a_loop():
-    """-1/|T| Σ log softmax, with repeats, special tokens (ids 0 to 2), and a last sequence of these alone."""
+    """-1/|T| Σ log softmax; with repeats, special tokens (ids 0 to 2), and a sequence of these alone."""
     torch.manual_seed(0)
     logits, input_ids = (torch.randn(5, 50) * 3).requires_grad_(), torch.randint(0, 20, (5, 30))
     input_ids[-1] = torch.randint(0, 3, (30,))
@@ -369,6 +368,23 @@ def test_the_pieces_of_a_word_are_masked_together_by_any_tokenizer(kind):
     alike = [torch.equal(chosen[:, i], chosen[:, j]) for i, j in neighbours]
     assert alike == [encoded.word_ids()[i] == encoded.word_ids()[j] for i, j in neighbours]
     assert sum(alike) > 5 and not all(alike)
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "byte-level BPE"])
+def test_a_chinese_sentence_is_not_one_word(kind):
+    """It has no spaces, so each of its pieces is a word: some 30 % of them are masked, not all or none."""
+    model, splitter, decoder, trainer = TOKENIZERS[kind]
+    backend = tokenizers.Tokenizer(type(model)())
+    backend.pre_tokenizer, rng = splitter, random.Random(0)
+    if decoder:
+        backend.decoder = decoder
+    sentences = ["".join(rng.choices("我们今天学习模型的文字", k=40)) for _ in range(200)]
+    backend.train_from_iterator(sentences, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]",
+                                        cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    input_ids = torch.tensor([tokenizer(sentences[0]).input_ids]).expand(400, -1)
+    shares = mask(tokenizer, input_ids)[1].float().mean(1)
+    assert shares.mean().item() == pytest.approx(0.3, abs=0.05) and shares.max() < 0.6
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -609,6 +625,30 @@ def test_python_docs_name_each_text_once_and_are_cached(monkeypatch, capfd):
     assert any(name.startswith("json") for name in documentation["_id"])
     monkeypatch.setattr(bow_mae, "docstrings", lambda packages: iter([]))  # so read from the cache
     assert bow_mae.python_docs()[:] == documentation[:]
+
+
+def test_columns_that_are_not_read_may_hold_anything(tmp_path):
+    """Even beyond the first rows, from which a reader of tables would learn their types."""
+    texts = make_texts(12_000, evaluated=0, longest=3)
+    others = [None if i < 11_000 else {"a": [i]} if i % 2 else "x" * i for i in range(len(texts))]
+    rows = [json.dumps({"text": text, "other": other}) + "\n" for text, other in zip(texts, others)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    rows = [f"{'?' if i > 11_000 else i},{text}\n" for i, text in enumerate(texts)]
+    (tmp_path / "a.csv").write_text("other,text\n" + "".join(rows))
+    for name in "a.jsonl", "a.csv":
+        config = Config(data=str(tmp_path / name), batch_size=8, micro_batch_size=4)
+        assert Counter(texts_of(config, word_tokenizer(WORDS))) == Counter(
+            text for text in texts if not held_out(text))
+
+
+def test_hidden_folders_and_subfolders_of_a_glob_are_passed_over(tmp_path):
+    for folder in ".hidden", "sub":
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "b.jsonl", ["di lo"])
+    write_jsonl(tmp_path / "a.jsonl", ["ba ke"])
+    found = [bow_mae.find_files(str(data)) for data in (tmp_path, tmp_path / "*")]
+    assert [[str(Path(file).relative_to(tmp_path)) for file in files] for files in found] == [
+        ["a.jsonl", "sub/b.jsonl"], ["a.jsonl"]]
 
 
 def test_text_columns_are_joined_and_may_be_null(tmp_path):
@@ -976,7 +1016,7 @@ BAD_FLAGS = {  # what the message must say
     "--data nowhere/*.jsonl": "nowhere/*.jsonl",
     "--data nobody/nothing": "nobody/nothing",
     "--data models/short": "models/short",
-    "--text_columns body": "'body', but 'title' 'text'",
+    "--text_columns body": "the columns are 'title' 'text'",
     "--model nobody/nothing": "nobody/nothing",
     "--model models/short": "--max_length 32",
     "--model models/headless": "models/headless",
@@ -990,7 +1030,7 @@ BAD_FLAGS = {  # what the message must say
 }
 GOOD = "".join(json.dumps({"title": "a", "text": text}) + "\n" for text in make_texts(50, evaluated=1))
 BAD_FILES = {  # name, content, what the message must say
-    "empty": ("a.jsonl", b"", "a.jsonl: the file is empty"),
+    "empty": ("a.jsonl", b"", "a.jsonl, line 0: no record in it"),
     "malformed": ("a.jsonl", GOOD + '{"text": "ba ke"\n' + GOOD, "a.jsonl, line 51"),
     "null": ("a.jsonl", GOOD + '{"title": "b", "text": null}\n', "a.jsonl, line 51: column 'text' is null"),
     "number": ("a.jsonl", GOOD + '{"title": "b", "text": 7}\n', "a.jsonl, line 51: column 'text' is 7"),
@@ -998,8 +1038,8 @@ BAD_FILES = {  # name, content, what the message must say
     "nothing": ("a.jsonl", GOOD + '{"title": "b"}\n', "a.jsonl, line 51: column 'text'"),
     "numbers alone": ("a.jsonl", '{"text": 1}\n{"text": 2}\n', "a.jsonl, line 1: column 'text' is 1"),
     "no object": ("a.jsonl", GOOD + "[1, 2]\n", "a.jsonl, line 51"),
-    "null in a list": ("a.json", '[\n {"text": "ba"},\n {"text": null}\n]', "a.json: column 'text' is null"),
-    "blank": ("a.jsonl", "\n\n", "a.jsonl: no record in it"),
+    "null in a list": ("a.json", '[\n {"text": "ba"},\n {"text": null}\n]', "a.json, line 4: column 'text'"),
+    "blank": ("a.jsonl", "\n\n", "a.jsonl, line 2: no record in it"),
     "latin-1 json": ("a.jsonl", (GOOD + '{"text": "café"}\n').encode("latin-1"), "a.jsonl, line 51"),
     "latin-1 text": ("a.txt", "ba ke\ncafé\n".encode("latin-1"), "a.txt, line 2"),
     "latin-1 csv": ("a.csv", "text\ncafé\n".encode("latin-1"), "a.csv, line 2"),
@@ -1064,6 +1104,14 @@ def test_a_number_in_a_later_file_is_refused(workplace, capfd):
     Path("folder/b.jsonl").write_text(GOOD + '{"title": "b", "text": 7}\n' + GOOD)
     error, lines = error_of(capfd, "--data", "folder", "--output", "out")
     assert "b.jsonl, line 51: column 'text' is 7" in error and lines == 1
+
+
+def test_a_column_that_no_record_has_is_refused(workplace, capfd):
+    """Also beside one that they have: a slip in one name must not train on half of the text."""
+    datasets.Dataset.from_dict({"text": ["ba ke"]}).to_parquet("a.parquet")
+    for data in "good.jsonl", "a.parquet":
+        flags = "--data", data, "--output", "out", "--text_columns", "text", "boddy"
+        assert "column 'boddy'" in error_of(capfd, *flags)[0]
 
 
 def test_a_corpus_with_fewer_texts_than_parts_is_refused(workplace, capfd):
@@ -1291,7 +1339,7 @@ def test_equal_ids_mean_nothing_between_the_numbers_of_ms_marco(tmp_path):
 
 def test_a_tab_in_a_passage_does_not_end_it(tmp_path):
     (tmp_path / "collection.tsv").write_text("1\tba ke\tdi lo\n")
-    (passage,) = eval_retrieval.read_passages(str(tmp_path / "collection.tsv"), "")
+    (passage,) = eval_retrieval.read_passages(str(tmp_path / "collection.tsv"))
     assert passage["text"] == "ba ke\tdi lo"
 
 
@@ -1487,9 +1535,6 @@ def test_finished_vectors_are_used_again_and_others_refused(
     retrieval(*flags)
     assert sum(counts) == 16 + 30
     assert (output / "run.trec").read_bytes() == (evaluated / "run.trec").read_bytes()
-    path = output / "vectors/0000000016.json"
-    path.write_text('{"key": "that of another model"}')
-    assert "another model" in error_of(capfd, *flags, script=eval_retrieval)[0]
     error, _ = error_of(capfd, *flags, "--max_passage_length", 16, script=eval_retrieval)
     assert "--max_passage_length 96, not 16" in error
 
@@ -1687,6 +1732,13 @@ def test_without_mined_negatives_an_example_has_passages_of_other_queries(beir):
         assert not set(steps.draw(7, epoch)[1][1:]) & set(answered)
 
 
+def test_a_positive_in_the_negatives_file_is_left_out(beir, tmp_path):
+    (tmp_path / "negatives.jsonl").write_text('{"query_id": "q7", "negatives": ["d7", "d9"]}\n')
+    flags = {"negatives_file": str(tmp_path / "negatives.jsonl"), "batch_size": 8}
+    examples, _ = eval_retrieval.load_examples(RetrievalConfig(data=str(beir), **flags))
+    assert examples[7]["positives"] == [7] and examples[7]["negatives"].tolist() == [9]
+
+
 def test_training_data_of_tevatron_with_teacher_scores(unfinetuned, tmp_path, capfd):
     with (tmp_path / "train.jsonl").open("w") as file:
         for passage in PASSAGES[:16]:
@@ -1775,7 +1827,7 @@ def repeat(name):
 BAD_TASKS = {  # what spoils the task, flags, what the message must say
     "split": (None, "--split dev", "qrels of dev; its qrels are qrels/test.tsv qrels/train.tsv"),
     "unknown ids": (add("qrels/test.tsv", "q1\tnothing\t1\nq2\tnobody\t1\n"), "", "2 unknown ids: 'nothing'"),
-    "duplicate passage": (repeat("corpus.jsonl"), "", "'d4' stands there twice"),
+    "duplicate passage": (repeat("corpus.jsonl"), "", "'d4' occurs twice"),
     "duplicate query": (repeat("queries.jsonl"), "", "queries.jsonl, line 71"),
     "malformed passage": (add("corpus.jsonl", "{"), "", "corpus.jsonl, line 71"),
     "passage without id": (add("corpus.jsonl", '{"text": "ba"}'), "", "corpus.jsonl, line 71"),
@@ -1797,7 +1849,7 @@ BAD_COMMANDS = {  # what the message must say
     "evaluate ba": "'ba' is no flag",
     "explain": "explain needs a text",
     "evaluate --compare nothing.trec": "nothing.trec: [Errno 2] No such file",
-    "search ba": "no whole index",
+    "search ba": "no complete index",
     "finetune --batch_size 64": "above the 40 training queries",
     "finetune --batch_size 9 --micro_batch_size 4": "--batch_size 9 is not a multiple",
     "finetune --negatives_file unknown.jsonl": "unknown.jsonl, line 1",
@@ -1814,6 +1866,14 @@ def test_a_bad_task_gives_one_line(change, flags, message, beir, unfinetuned, wo
     error, lines = error_of(capfd, "evaluate", "--model", unfinetuned, "--data", "task", "--output", "out",
                             *flags.split(), script=eval_retrieval)
     assert message in error and not list(Path("out").glob("*.trec"))
+
+
+def test_a_mistyped_split_does_not_evaluate_all_queries_with_answers(beir, tmp_path, capfd):
+    shutil.copytree(beir, tmp_path / "task")
+    queries = [json.dumps({"_id": f"q{i}", "text": "ba", "answers": ["ba"]}) + "\n" for i in range(70)]
+    (tmp_path / "task/queries.jsonl").write_text("".join(queries))
+    flags = "--model", "bm25", "--data", tmp_path / "task", "--output", tmp_path / "out", "--split", "tset"
+    assert "no qrels of tset" in error_of(capfd, "evaluate", *flags, script=eval_retrieval)[0]
 
 
 @pytest.mark.parametrize("line, message", BAD_COMMANDS.items(), ids=BAD_COMMANDS)
@@ -1842,6 +1902,15 @@ def test_search_refuses_the_index_of_another_model(evaluated, finetuned, beir, c
     assert "dimension 128) is of another --data, --model or its flags" in error
 
 
+def test_search_takes_an_index_by_another_path_to_its_data(evaluated, unfinetuned, beir, monkeypatch, capfd):
+    monkeypatch.chdir(beir.parent)
+    flags = "--model", unfinetuned, "--data", beir.name, "--output", evaluated
+    error = error_of(capfd, "search", "ba", *flags, "--max_passage_length", 32, script=eval_retrieval)[0]
+    assert "another --data, --model or its flags" in error
+    retrieval("search", "ba", *flags)
+    assert len(capfd.readouterr().out.splitlines()) == 20
+
+
 def test_search_refuses_an_index_of_other_passages_or_half_written(
         evaluated, unfinetuned, beir, tmp_path, capfd):
     shutil.copytree(evaluated, tmp_path / "out")
@@ -1852,7 +1921,7 @@ def test_search_refuses_an_index_of_other_passages_or_half_written(
     assert "another --data" in error_of(capfd, *flags, "--data", tmp_path / "beir", script=eval_retrieval)[0]
     path = tmp_path / "out/index/00000.json"
     path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
-    assert "no whole index" in error_of(capfd, *flags, "--data", beir, script=eval_retrieval)[0]
+    assert "no complete index" in error_of(capfd, *flags, "--data", beir, script=eval_retrieval)[0]
 
 
 # ------------------------------------------------------------------------------------------- the whole recipe
