@@ -120,12 +120,6 @@ def parse_config(argv: list[str] | None = None, kind: type = Config, trains: boo
 
 PACKAGES = "python pandas numpy networkx transformers torch sympy datasets huggingface_hub".split()
 FOLDERS = "corpus.jsonl", "corpus.jsonl.gz", "data-*.arrow", "train/data-*.arrow", "**/*"  # BEIR, saved, any
-READERS = {  # records from the lines of a local file
-    ".jsonl": lambda lines: (json.loads(line) for line in lines if line.strip()),
-    ".json": lambda lines: json.loads("".join(lines)),
-    ".csv": lambda lines: csv.DictReader(lines, strict=True),
-    ".txt": lambda lines: ({"text": line.rstrip("\r\n")} for line in lines)}
-FORMATS = (*READERS, ".parquet", ".arrow")  # the last is of a folder saved by `datasets`
 BLOCK_TEXTS = 2048  # texts of a part that are tokenised, shuffled and sorted by length together
 SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabulary and the held-out texts
 
@@ -139,6 +133,18 @@ def blame(what: str):
     except Exception as error:  # of any kind: those of zlib, Arrow, the hub
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{what}: {reason}") from error
+
+def json_records(lines):
+    """The records of JSON lines, or of one array that may span lines."""
+    first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("["):
+        return json.loads(first + "".join(lines))
+    return (json.loads(line) for line in chain([first], lines) if line.strip())
+
+READERS = {  # records from the lines of a local file
+    ".jsonl": json_records, ".json": json_records, ".csv": lambda lines: csv.DictReader(lines, strict=True),
+    ".txt": lambda lines: ({"text": line.rstrip("\r\n")} for line in lines)}
+FORMATS = (*READERS, ".parquet", ".arrow")  # the last is of a folder saved by `datasets`
 
 def docstrings(packages: list[str]):
     """Yield docstrings of packages, tests left out: _id (qualified name), query (first paragraph), text."""

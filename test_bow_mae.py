@@ -570,7 +570,8 @@ def write_formats(root, texts):
     for name in ("folder", "beir"):
         (root / name).mkdir()
     (root / "a.jsonl").write_text("".join(lines))
-    (root / "a.json").write_text(json.dumps(rows))
+    (root / "a.json").write_text(json.dumps(rows, indent=1))
+    (root / "lines.json").write_text("".join(lines))
     (root / "a.txt").write_text("\n".join(texts) + "\n")
     (root / "a.csv").write_text("number,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts)))
     (root / "beir" / "corpus.jsonl").write_text("".join(lines))
@@ -591,7 +592,7 @@ def test_every_format_gives_the_same_texts(tmp_path):
     tokenizer, found = word_tokenizer([*WORDS, "na", "1", "null"]), {}
     for data in write_formats(tmp_path, texts):
         found[data.name] = texts_of(Config(data=str(data), batch_size=8, micro_batch_size=4), tokenizer)
-    assert len(found) == 13 and [name for name in found if found[name] != sorted(texts)] == []
+    assert len(found) == 14 and [name for name in found if found[name] != sorted(texts)] == []
 
 
 def test_a_name_may_have_the_characters_of_a_glob(tmp_path):
