@@ -382,9 +382,10 @@ def word_table(tokenizer) -> torch.Tensor:
 
     WordPiece marks a continuation by `##`, SentencePiece the start of a word by `▁`. Byte-level BPE marks a
     space by `Ġ` and splits, as its pre-tokenizer does, between letters 1, digits 2, spaces 3 and others 4.
+    Chinese and Japanese have no spaces: each piece is a word, 0.
     """
     def _kind(character):
-        if unicodedata.east_asian_width(character) in "WF":  # Chinese, Japanese: no space between words
+        if unicodedata.east_asian_width(character) in "WF":  # wide, as in Chinese
             return 0
         letter = character.isalpha() or character == "\ufffd"  # the second is a byte of a longer character
         return 1 if letter else 2 if character.isnumeric() else 3 if character.isspace() else 4
@@ -644,6 +645,12 @@ def process_group():
         for child in torch.multiprocessing.active_children():
             child.kill()
         dist.destroy_process_group()
+
+def leave() -> None:
+    """End a process of torchrun without Python's teardown, where threads that gloo leaves may abort it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        os._exit(0)
 
 def agree(error: Exception | None = None, numbers=()) -> list[float]:
     """Sum numbers over all processes. If any met an error, print it once; all exit with 2."""
@@ -1130,3 +1137,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

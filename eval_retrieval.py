@@ -797,3 +797,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    bow_mae.leave()

@@ -1414,7 +1414,8 @@ def retrieval_run(*flags, processes=1):
     script = Path(CACHE.name, "run_retrieval.py")
     script.write_text("import sys, eval_retrieval\n"
                       "eval_retrieval.CHUNK = 16\n"
-                      "eval_retrieval.main(sys.argv[1:])\n")
+                      "eval_retrieval.main(sys.argv[1:])\n"
+                      "eval_retrieval.bow_mae.leave()\n")
     torchrun(processes, script, *flags)
 
 
@@ -1654,6 +1655,7 @@ def keep(ddp, *args):
     return update(ddp, *args)
 bow_mae.update = keep
 eval_retrieval.main(sys.argv[1:])
+bow_mae.leave()
 """
 
 
