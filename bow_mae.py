@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""BoW-MAE: pre-training for dense retrieval by bag-of-word prediction, without a decoder (arXiv 2401.11248).
+"""BoW-MAE: pre-training for dense retrieval by bag-of-word prediction (arXiv 2401.11248).
 
-A masked language model whose [CLS] vector must also predict, through the model's own masked-LM head, the set
-of words of its input. No parameter is added. This file is self-contained: copy it; it needs torch,
-transformers, datasets and numpy.
+A masked language model learns to retrieve when its [CLS] vector must also predict, through the
+model's own masked-LM head, the set of words of its input. No decoder, no new parameter. Two
+baselines are trained by the same script: `mlm`, and `enhanced` (RetroMAE's decoder).
 
-A small BERT from scratch on the documentation of the installed Python packages, CPU or GPU, no network:
+A small BERT from scratch, on the documentation of the installed Python packages, no network:
     torchrun bow_mae.py
-The paper's first stage on 8 GPUs (other numbers of processes, or --nnodes, give the same batches and losses):
-    torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data wikimedia/wikipedia:20231101.en \
-        --max_length 512 --steps 140000 --batch_size 2048 --micro_batch_size 64 --lr 3e-4 \
-        --lr_final_ratio 0.1 --warmup_steps 4000 --bow_weight 1 --bow_weight_final 0.1 --workers 4 \
-        --output out/wikipedia
-Run the same command again to resume a run that was stopped or killed.
+A pre-trained model on your own texts; give the same command again to resume:
+    torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data corpus.jsonl
+
+Reading order: a text becomes sequences (`cut_sequences`), a sequence is masked
+(`whole_word_mask`), the model gives its losses (`BowMAE.forward`), and `train` makes the steps.
 """
 
+import argparse
 import ast
 import contextlib
 import csv
+import fcntl
 import gc
 import glob
 import gzip
+import inspect
+import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -31,15 +33,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import unicodedata
+import traceback
 import warnings
 import zlib
-from collections import Counter
+from collections import ChainMap, Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib import metadata, util
-from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -48,1093 +50,1357 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.utils.benchmark
 import transformers
 from datasets.distributed import split_dataset_by_node
-from tokenizers.trainers import WordPieceTrainer
+from datasets.exceptions import DatasetsError
+from pyarrow.lib import ArrowException
+from safetensors import SafetensorError
+from tokenizers.implementations import BertWordPieceTokenizer
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig, BertTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig
+from transformers import BertTokenizerFast as BertTokenizer
 from transformers.hf_argparser import HfArg, HfArgumentParser
+
 
 @dataclass
 class Config:
-    """Every flag of the command line, with its unit. The defaults are the run of `torchrun bow_mae.py`."""
+    """Pre-train a masked LM with bag-of-word prediction. Unset flags depend on --model."""
 
-    data: str = HfArg(default="python-docs", help="python-docs, file, folder, glob, or hub name:config:split")
-    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns, joined by a space")
-    model: str = HfArg(default="tiny", help="masked LM (hub name, folder) or new tiny|mini|small|medium|base")
-    objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="the paper's, or a baseline")
-    max_length: int = HfArg(default=64, help="tokens in a window, [CLS] and [SEP] included")
+    # Data and model.
+    data: str = HfArg(default="python-docs", help="python-docs, file, folder, glob or hub dataset")
+    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns of the text")
+    model: str = HfArg(default="tiny", help="hub name, folder, or new: tiny, mini, small, base")
+    objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="bow, or a baseline")
+    max_length: int | None = HfArg(default=None, help="tokens of a sequence, with [CLS] and [SEP]")
     mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
-    bow_weight: float = HfArg(default=10.0, help="weight λ of the bag-of-word loss at the first step")
-    bow_weight_final: float = HfArg(default=10.0, help="λ at the last step, reached by a cosine")
-    steps: int = HfArg(default=1800, help="optimizer steps")
-    batch_size: int = HfArg(default=64, help="windows in an optimizer step, over all processes")
-    micro_batch_size: int = HfArg(default=32, help="windows in one forward and backward pass")
-    lr: float = HfArg(default=2e-3, help="peak learning rate of AdamW")
-    lr_final_ratio: float = HfArg(default=0.03, help="final learning rate over its peak, by a cosine")
-    warmup_steps: int = HfArg(default=200, help="steps of linear warm-up")
-    weight_decay: float = HfArg(default=0.01, help="AdamW weight decay; biases and LayerNorm are exempt")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 if native")
-    compile: bool = HfArg(default=False, help="run the model through torch.compile")
-    seed: int = HfArg(default=0, help="of the weights, the data order, the masks and the dropout")
-    workers: int = HfArg(default=0, help="data-loader workers per process; 0: load in the process itself")
-    output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, the logs and the model")
+    bow_weight: float = HfArg(default=1.0, help="weight λ of the bag-of-word loss at the start")
+    bow_weight_final: float = HfArg(default=0.1, help="λ at the last step, reached by a cosine")
+    # Optimization.
+    steps: int | None = HfArg(default=None, help="optimizer steps")
+    batch_size: int | None = HfArg(default=None, help="sequences of a step, over all processes")
+    micro_batch_size: int | None = HfArg(default=None, help="sequences of one forward pass")
+    lr: float | None = HfArg(default=None, help="peak learning rate of AdamW")
+    lr_final_ratio: float | None = HfArg(default=None, help="final learning rate over its peak")
+    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; unset: steps // 20")
+    weight_decay: float = HfArg(default=0.01, help="of AdamW; not of biases and LayerNorm")
+    adam_beta2: float | None = HfArg(default=None, help="β₂ of AdamW")
+    # System.
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="of autocast")
+    compile: bool = HfArg(default=False, help="use torch.compile")
+    seed: int = HfArg(default=0, help="of weights, order of the data, masks and dropout")
+    workers: int | None = HfArg(default=None, help="data-loader processes of each process")
+    output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, logs and model")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=2, help="how many of the newest checkpoints to keep")
+    keep: int = HfArg(default=2, help="newest checkpoints that are kept")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
-    eval_every: int = HfArg(default=300, help="steps between evaluations on the held-out texts")
-    resume: str = HfArg(default="auto", help="auto (newest complete checkpoint), never, or its folder")
-    bench: bool = HfArg(default=False, help="measure what each objective costs instead of training")
+    eval_every: int = HfArg(default=300, help="steps between evaluations on held-out texts")
+    bench: bool = HfArg(default=False, help="measure the cost of each objective, do not train")
 
     @property
-    def parts(self) -> int:
-        """Micro-batches per step, n: number i of every step comes from part i of the data, 1 text in n."""
+    def num_shards(self) -> int:
+        """Micro-batches of a step: number i of every step comes from shard i of the data."""
         return self.batch_size // self.micro_batch_size
 
-    def __post_init__(self):
-        if not 0 < self.mask_ratio < 1:
-            raise UserError(f"--mask_ratio {self.mask_ratio} must lie between 0 and 1")
 
 class UserError(Exception):
-    """An error the user can fix; the message says what is wrong, where, and how to fix it."""
+    """An error that the user can mend; its message says what, where, and how."""
 
-def parse_config(argv: list[str] | None = None, kind: type = Config, trains: bool = True):
-    """Parse a command line into a dataclass; UserError for an unknown flag or an impossible value."""
-    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False, exit_on_error=False)
-    with blame("command line (see --help)"):
-        (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    for name, value in vars(config).items():
-        from_zero = isinstance(value, float) or name in ("warmup_steps", "negatives")
-        least = 3 if name.endswith("_length") else 0 if from_zero else 1
-        if type(value) in (int, float) and value != getattr(kind, name) and not least <= value < math.inf:
-            raise UserError(f"--{name} {value} must be a finite number, at least {least}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if trains and config.batch_size % (config.micro_batch_size * processes):
-        raise UserError(f"--batch_size {config.batch_size} is not a multiple of --micro_batch_size "
-                        f"{config.micro_batch_size} x {processes} processes")
-    return config
 
-# ---- data: texts
+# ---- the method
 
-PACKAGES = "python pandas numpy networkx transformers torch sympy datasets huggingface_hub".split()
-FOLDERS = "corpus.jsonl", "corpus.jsonl.gz", "data-*.arrow", "train/data-*.arrow", "**/*"  # BEIR, saved, any
-BLOCK_TEXTS = 2048  # texts of a part that are tokenised, shuffled and sorted by length together
-SAMPLE_BLOCKS = 100  # blocks from the start of the data that give the vocabulary and the held-out texts
 
-@contextlib.contextmanager
-def blame(what: str):
-    """Turn what a library raises into a UserError of one line that begins with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of any kind: those of zlib, Arrow, the hub
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}") from error
-
-def json_records(lines):
-    """The records of JSON lines, or of one array that may span lines."""
-    first = next((line for line in lines if line.strip()), "")
-    if first.lstrip().startswith("["):
-        return json.loads(first + "".join(lines))
-    return (json.loads(line) for line in chain([first], lines) if line.strip())
-
-READERS = {  # records from the lines of a local file
-    ".jsonl": json_records, ".json": json_records, ".csv": lambda lines: csv.DictReader(lines, strict=True),
-    ".txt": lambda lines: ({"text": line.rstrip("\r\n")} for line in lines)}
-FORMATS = (*READERS, ".parquet", ".arrow")  # the last is of a folder saved by `datasets`
-
-def docstrings(packages: list[str]):
-    """Yield docstrings of packages, tests left out: _id (qualified name), query (first paragraph), text."""
-    gc.freeze()  # halves the time: the garbage collector skips everything imported so far
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for package in packages:
-        root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
-        for path in sorted(root.rglob("*.py")):
-            parts = [package.removeprefix("python"), *path.relative_to(root).with_suffix("").parts]
-            if {"site-packages", "dist-packages", "test", "tests"} & set(parts):
-                continue
-            with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings(action="ignore"):
-                tree = ast.parse(path.read_bytes())
-                stack = [(".".join(part for part in parts if part not in ("", "__init__")), tree)]
-                while stack:
-                    name, node = stack.pop()
-                    stack += [(f"{name}.{child.name}" if isinstance(child, documented) else name, child)
-                              for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-                    docstring = ast.get_docstring(node) if isinstance(node, documented) else None
-                    query, _, text = (docstring or "").partition("\n\n")
-                    if query.strip() and text.strip():
-                        yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
-
-def python_docs() -> datasets.Dataset:
-    """The documentation of PACKAGES: some 24,000 rows of _id, query and text, no two alike, in any order.
-
-    Built in about a minute, then read from the cache of `datasets` under a key of the versions.
-    """
-    version = {name: metadata.version(name) for name in PACKAGES[1:]} | {"python": sys.version.split()[0]}
-    with blame("--data python-docs cannot be built, set HF_DATASETS_CACHE to a folder to write in"):
-        table = datasets.Dataset.from_generator(
-            docstrings, gen_kwargs={"packages": PACKAGES}, fingerprint=f"docs-{text_hash(str(version))}",
-            num_proc=2, cache_dir=os.environ.get("HF_DATASETS_CACHE", "out/cache")).to_pandas()
-    table = table.drop_duplicates("_id").drop_duplicates("text").drop_duplicates("query", keep=False)
-    table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
-    return datasets.Dataset.from_pandas(table, preserve_index=False)
-
-def text_hash(text: str) -> int:
-    """A number that is a function of the text alone."""
-    return zlib.crc32(text.encode())
-
-def is_held_out(text: str) -> bool:
-    """Whether a text is kept for evaluation, as 1 in 1000 is."""
-    return text_hash(text) % 1000 == 0
-
-def suffix(path) -> str:
-    """The ending of a file name, but for .gz."""
-    return Path(str(path).removesuffix(".gz")).suffix
-
-def find_files(data: str) -> list[str]:
-    """The local files of --data, all of one format, of a folder as FOLDERS says; none for a hub name."""
-    path = os.path.expanduser(data)
-    name = glob.escape(path) if os.path.exists(path) else path
-    patterns = [f"{name}/{pattern}" for pattern in FOLDERS] if os.path.isdir(path) else [name]
-    found = ([file for file in sorted(glob.glob(pattern, recursive=True))
-              if os.path.isfile(file) and suffix(file) in FORMATS] for pattern in patterns)
-    files = next(filter(None, found), [])
-    local = glob.has_magic(data) or data.startswith((".", "/", "~")) or suffix(data) in FORMATS
-    if len(set(map(suffix, files))) != 1 and (files or local or os.path.exists(path)):
-        raise UserError(f"--data {data}: no such files, no split `train`, or not of one format of "
-                        f"{' '.join(FORMATS)} (.gz)")
-    return files
-
-def read_texts(files: list[str], columns: tuple[str, ...]):
-    """Yield {"text": ...} for each record of local files; UserError names the file and line of a bad one."""
-    def _decode(lines):
-        nonlocal number
-        for number, line in enumerate(lines, 1):
-            yield line.decode("utf-8-sig")
-
-    csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
-    missing = set(columns)
-    for file in files:
-        number, count = 0, 0
-        try:
-            with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
-                for count, record in enumerate(READERS[suffix(file)](_decode(lines)), 1):
-                    yield {"text": join_columns(record, columns)}
-                    missing -= record.keys()
-                    if missing and count == BLOCK_TEXTS:
-                        break
-            if missing or not count:
-                raise ValueError(f"no record has a column {min(missing)!r}" if count else "no record in it")
-        except (ValueError, EOFError, OSError, csv.Error, zlib.error) as error:
-            raise UserError(f"--data {file}, line {number}: {error}") from error
-
-def join_columns(record: dict, columns: tuple[str, ...]) -> str:
-    """A record's text: its columns joined by a space; some may be null or missing; ValueError if all are."""
-    if not isinstance(record, dict) or None in record:  # None: csv.DictReader's key of surplus fields
-        raise ValueError("not an object {...}, or a line with more fields than the first")
-    values = [record.get(column) for column in columns]
-    for column, value in zip(columns, values):
-        if not isinstance(value, str | None) or values == [None] * len(values):
-            raise ValueError(f"column {column!r} is {json.dumps(value, default=str):.50}, not a text; the "
-                             f"columns are {' '.join(map(repr, record))}")
-    text = " ".join(filter(None, values)).strip()
-    return text.encode(errors="replace").decode()  # half an emoji is no text
-
-def open_stream(config: Config) -> datasets.IterableDataset:
-    """The records of --data as a stream: texts from local files of lines, else Arrow tables."""
-    if config.data == "python-docs":
-        return python_docs().to_iterable_dataset().with_format("arrow")
-    files = find_files(config.data)
-    if files and suffix(files[0]) in READERS:
-        return datasets.IterableDataset.from_generator(
-            read_texts, gen_kwargs={"files": files, "columns": tuple(config.text_columns)})
-    name, subset, split = (config.data.split(":") + ["", ""])[:3]
-    options = {"path": name, "name": subset or None, "split": split or "train"}
-    if files:
-        options = {"path": suffix(files[0])[1:], "data_files": [*map(glob.escape, files)], "split": "train"}
-    with blame(f"--data {config.data}" + ("" if files else ", no file here, as a hub dataset")):
-        stream = datasets.load_dataset(streaming=True, **options)
-        columns = stream.column_names or list(next(iter(stream)))
-    for column in set(config.text_columns) - set(columns):
-        raise UserError(f"--text_columns: {config.data} has no column {column!r}; the columns are "
-                        f"{' '.join(map(repr, columns))}")
-    return stream.with_format("arrow")
-
-def read_blocks(stream: datasets.IterableDataset, config: Config):
-    """Yield lists of BLOCK_TEXTS texts; a record without one raises UserError."""
-    with blame(f"--data {config.data}"):
-        for block in stream.iter(batch_size=BLOCK_TEXTS):
-            if not isinstance(block, dict):  # an Arrow table
-                rows = block.select(config.text_columns).to_pylist()
-                block = {"text": [join_columns(row, config.text_columns) for row in rows]}
-            yield block["text"]
-
-def first_texts(config: Config, held_out: bool):
-    """The texts of the first SAMPLE_BLOCKS blocks that are held out for evaluation, or those that are not."""
-    for block in islice(read_blocks(open_stream(config), config), SAMPLE_BLOCKS):
-        yield from (text for text in block if is_held_out(text) == held_out)
-
-# ---- data: batches
-
-class PretrainingStream(torch.utils.data.IterableDataset):
-    """The micro-batches of some parts of the data, in turn, without end.
-
-    What a part yields depends on (data, seed, step) alone, not on the process that reads it. Each batch
-    carries the position from which its part resumes: (epoch, block of texts, batches done in it, state of
-    `datasets` at its start).
-    """
-
-    def __init__(self, config: Config, tokenizer, parts: list[int], positions: dict[int, tuple], step: int):
-        self.config, self.tokenizer = config, tokenizer
-        self.parts, self.positions, self.step = parts, positions, step
-        self.tables = special_table(tokenizer, len(tokenizer)), word_table(tokenizer)
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        parts = self.parts[worker.id :: worker.num_workers] if worker else self.parts
-        source = open_stream(self.config)
-        for batches in zip(*(self.read_part(part, source) for part in parts)):
-            yield from batches
-
-    def read_part(self, part: int, source: datasets.IterableDataset):
-        """Yield the batches of a part from its position on."""
-        config, (epoch, block, done, state) = self.config, self.positions.get(part, (0, 0, 0, None))
-        step = self.step - done  # of the first batch of the block
-        while True:
-            # a new object for each epoch, since load_state_dict sticks to it
-            stream = split_dataset_by_node(source, rank=part, world_size=config.parts)
-            stream.set_epoch(epoch)
-            if state:  # of `datasets` at the start of the block, of which `done` batches are behind us
-                stream.load_state_dict(state)
-            first_step = step
-            for block, texts in enumerate(read_blocks(stream, config), block):
-                batches = self.cut_block(texts, np.random.default_rng([config.seed, epoch, block]))
-                for index in range(len(batches)):
-                    # one draw for all parts of a step: they meet alike lengths, no process waits for another
-                    draw = np.random.default_rng([config.seed, step]).random()
-                    windows = batches.pop(int(draw * len(batches)))
-                    if index >= done:
-                        seed = hash((config.seed, step, part))  # of integers: the same in every process
-                        batch = collate(windows, self.tokenizer, self.tables, config.mask_ratio, seed)
-                        batch.update(seed=seed, part=part, position=(epoch, block, index + 1, state))
-                        yield batch
-                    step += 1
-                state, done = stream.state_dict(), 0
-            if step == first_step:
-                raise UserError(f"--data {config.data} has too few texts for {config.parts} parts: lower "
-                                f"--batch_size or raise --micro_batch_size")
-            epoch, block, state = epoch + 1, 0, None
-
-    def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
-        """Cut a block's training texts into windows, permuted, sorted by length, in nearly equal batches."""
-        texts = [text for text in texts if not is_held_out(text)]
-        windows = cut_windows(texts, self.tokenizer, self.config.max_length)
-        windows = sorted((windows[i] for i in rng.permutation(len(windows))), key=len)
-        count = math.ceil(len(windows) / self.config.micro_batch_size)
-        return [windows[len(windows) * i // count : len(windows) * (i + 1) // count] for i in range(count)]
-
-def cut_windows(texts: list[str], tokenizer, max_length: int) -> list[list[int]]:
-    """Token ids of all windows of the texts: [CLS], 1 to max_length - 2 tokens, not all special, [SEP]."""
-    if not texts:
-        return []
-    windows = tokenizer(texts, truncation=True, max_length=max_length, return_overflowing_tokens=True,
-                        return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
-    return [window for window in windows if not special.issuperset(window)]
-
-def collate(windows: list[list[int]], tokenizer, tables, mask_ratio: float, seed: int) -> BatchEncoding:
-    """A micro-batch of B windows, padded to the longest, L, and masked: input_ids and masked_ids (B, L).
-
-    chosen (M,) and visible (N,) index the masked and the non-special tokens in the flattened (B·L);
-    attention_mask (B, L) is None where nothing is padded; sizes: how many rows each loss is a mean of.
-    """
-    rows, pad = [torch.tensor(window) for window in windows], nn.utils.rnn.pad_sequence
-    input_ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)      # (B, L)
-    attention_mask = pad([torch.ones_like(row) for row in rows], batch_first=True)     # (B, L)
-    generator = torch.Generator().manual_seed(seed)
-    masked_ids, chosen = whole_word_mask(input_ids, *tables, tokenizer.mask_token_id, mask_ratio, generator)
-    chosen, visible = (where.flatten().nonzero()[:, 0] for where in (chosen, ~tables[0][input_ids]))
-    return BatchEncoding({
-        "input_ids": input_ids, "masked_ids": masked_ids, "chosen": chosen, "visible": visible,
-        "attention_mask": None if attention_mask.all() else attention_mask, "tokens": sum(map(len, windows)),
-        "sizes": {"mlm_loss": len(chosen), "bow_loss": len(windows), "enhanced_loss": len(visible)}})
-
-def leave_signals(worker: int) -> None:
-    """In a loader worker: leave signals to the training process, and use one core."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-# ---- masking
-
-def special_table(tokenizer, vocab_size: int) -> torch.Tensor:
-    """(V,) bool: the ids that are no words: special tokens, and ids beyond the tokenizer's vocabulary."""
-    special = torch.arange(vocab_size) >= len(tokenizer)
-    special[tokenizer.all_special_ids] = True
-    return special
-
-def word_table(tokenizer) -> torch.Tensor:
-    """(2, V): the kind of each token's left and right edge; a token continues the word before it if its left
-    edge is not 0 and equals the right edge of the token before it.
-
-    WordPiece marks a continuation by `##`, SentencePiece the start of a word by `▁`. Byte-level BPE marks a
-    space by `Ġ` and splits, as its pre-tokenizer does, between letters 1, digits 2, spaces 3 and others 4.
-    Chinese and Japanese have no spaces: each piece is a word, 0.
-    """
-    def _kind(character):
-        if unicodedata.east_asian_width(character) in "WF":  # wide, as in Chinese
-            return 0
-        letter = character.isalpha() or character == "\ufffd"  # the second is a byte of a longer character
-        return 1 if letter else 2 if character.isnumeric() else 3 if character.isspace() else 4
-
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    wordpiece = type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
-    byte_level = not wordpiece and any(token.startswith("Ġ") for token in tokens)
-    table = torch.ones(2, len(tokens), dtype=torch.int8)
-    for i, token in enumerate(tokens):
-        text = (tokenizer.convert_tokens_to_string([token]) if byte_level else token) or " "
-        kinds = torch.tensor([_kind(text[0]), _kind(text[-1])])
-        table[:, i] = kinds if byte_level else kinds.clamp(max=1)
-        table[0, i] *= token.startswith("##") if wordpiece else not token.startswith(("▁", "Ġ"))
-    table[:, tokenizer.all_special_ids] = 0
-    return table
-
-def whole_word_mask(input_ids, special, joins, mask_token_id: int, mask_ratio: float, generator=None):
-    """Mask a share of the words of each sequence, all pieces of a word together (paper §3.1).
+def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=None):
+    """Mask a share of the words of each sequence, all tokens of a word together (paper §3.1).
 
     Of the chosen tokens 80 % become [MASK], 10 % a random token that is not special, 10 % stay.
-    input_ids (B, L) long, special (V,) bool, joins (2, V) from `word_table`. Returns masked_ids (B, L) and
-    chosen (B, L) bool. At least one word of a sequence is chosen, special tokens never.
+    At least one word of a sequence is chosen; special tokens never are.
+
+    input_ids (B, L) long; word_ids (B, L) long counts the words of a sequence from 1, with 0 at
+    special tokens and padding. Returns masked_ids (B, L) long and chosen (B, L) bool.
     """
-    is_special = special[input_ids]                                                    # (B, L)
-    left, right = joins[0][input_ids[:, 1:]], joins[1][input_ids[:, :-1]]              # (B, L-1)
-    starts = F.pad((left != right) | (left == 0), (1, 0), value=True)                  # (B, L)
-    word = starts.long().cumsum(1) - 1                                                 # (B, L) its word
-    is_word = torch.zeros_like(is_special).scatter_(1, word, ~is_special)              # (B, W), W = L
-    count = (mask_ratio * is_word.sum(1, keepdim=True)).round().clamp(min=1)
-    draw = torch.rand(input_ids.shape, generator=generator).masked_fill(~is_word, 2)   # (B, W)
-    chosen_word = (draw.argsort(1).argsort(1) < count) & is_word                       # `count` smallest
-    chosen = chosen_word.gather(1, word)                                               # (B, L)
+    device = input_ids.device
+    is_ordinary = torch.ones(len(tokenizer), dtype=torch.bool, device=device)  # (V,)
+    is_ordinary[tokenizer.all_special_ids] = False
+    is_word = is_ordinary[input_ids] & (word_ids > 0)  # (B, L)
 
-    draw = torch.rand(input_ids.shape, generator=generator)
-    words = (~special).nonzero()[:, 0]
-    random_ids = words[torch.randint(len(words), input_ids.shape, generator=generator)]
-    masked_ids = torch.where(chosen & (draw < 0.8), mask_token_id, input_ids)
-    return torch.where(chosen & (draw >= 0.9), random_ids, masked_ids), chosen
+    # A clause in a script without spaces is one word to many tokenizers. Words of more than 8
+    # tokens are therefore masked token by token: each of their tokens is a unit of its own.
+    num_words = int(word_ids.max()) + 1
+    word_sizes = word_ids.new_zeros(len(word_ids), num_words)  # (B, W)
+    word_sizes = word_sizes.scatter_add(1, word_ids, torch.ones_like(word_ids))
+    is_long = word_sizes.gather(1, word_ids) > 8  # (B, L)
+    previous_ids = F.pad(word_ids, (1, 0))[:, :-1]  # (B, L)
+    starts_unit = is_word & (is_long | (word_ids != previous_ids))
+    units = starts_unit.cumsum(1) * is_word  # (B, L) counts the units from 1
 
-# ---- losses and model
+    # Choose exactly the share of the units that draw the lowest numbers.
+    num_units = starts_unit.sum(1, keepdim=True)  # (B, 1)
+    num_chosen = (mask_ratio * num_units).round().clamp(min=1)
+    columns = torch.arange(input_ids.shape[1] + 1, device=device)  # unit 0 is no unit
+    draws = torch.rand(len(input_ids), len(columns), generator=generator, device=device)
+    draws = draws.masked_fill((columns == 0) | (columns > num_units), 2.0)  # (B, L + 1)
+    is_chosen_unit = draws.argsort(1).argsort(1) < num_chosen
+    chosen = is_chosen_unit.gather(1, units) & is_word  # (B, L)
+
+    # Replace the chosen tokens.
+    ordinary_ids = is_ordinary.nonzero().squeeze(1)
+    size = input_ids.shape
+    picks = torch.randint(len(ordinary_ids), size, generator=generator, device=device)  # (B, L)
+    draws = torch.rand(size, generator=generator, device=device)  # (B, L)
+    masked_ids = input_ids.masked_fill(chosen & (draws < 0.8), tokenizer.mask_token_id)
+    masked_ids = torch.where(chosen & (draws >= 0.9), ordinary_ids[picks], masked_ids)
+    return masked_ids, chosen
+
 
 def bag_of_words(input_ids, special):
-    """The set T of each sequence's tokens that are not special, as (B, V) bool from input_ids (B, L)."""
+    """The set T of each sequence's tokens that are not special, as (B, V) bool.
+
+    input_ids (B, L) long of the unmasked text; special (V,) bool, see `special_ids`.
+    """
     bag = torch.zeros(len(input_ids), len(special), dtype=torch.bool, device=input_ids.device)
-    return bag.scatter_(1, input_ids, True) & ~special
+    return bag.scatter(1, input_ids, True) & ~special
+
 
 def bow_loss(cls_logits, input_ids, special):
     """L_bow (paper §3.2): the mean over sequences of -1/|T| Σ_{t in T} log softmax(f(h_CLS))_t.
 
-    cls_logits (B, V), input_ids (B, L) of the unmasked text, special (V,) bool. Returns a float32 scalar; a
-    sequence of special tokens alone counts 0.
+    cls_logits (B, V); input_ids (B, L) long of the unmasked text; special (V,) bool. Returns a
+    float32 scalar. A sequence of special tokens alone contributes 0.
     """
-    bag, logits = bag_of_words(input_ids, special), cls_logits.float()                 # (B, V)
-    size = bag.sum(1)                                                                  # (B,) |T|
-    mean_logit = (logits * bag).sum(1) / size.clamp(min=1)  # log softmax(z)_t = z_t - logsumexp(z)
-    return ((logits.logsumexp(1) - mean_logit) * (size > 0)).mean()
+    bag = bag_of_words(input_ids, special)  # (B, V)
+    num_terms = bag.sum(1)  # (B,) |T|
+    logits = cls_logits.float()
+    # The mean over T of log softmax(z)_t = z_t - logsumexp(z).
+    mean_logit = (logits * bag).sum(1) / num_terms.clamp(min=1)  # (B,)
+    negative_log_likelihood = logits.logsumexp(1) - mean_logit
+    return (negative_log_likelihood * (num_terms > 0)).mean()
+
 
 def term_coverage(cls_logits, input_ids, special):
-    """The share of each text's |T| terms among the |T| highest logits of its [CLS], (B,); 0 without terms.
+    """The share of a text's |T| terms among the |T| highest logits of its [CLS]: (B,) float.
 
-    cls_logits (B, V), input_ids (B, L) of the unmasked text, special (V,) bool.
+    cls_logits (B, V); input_ids (B, L) long of the unmasked text; special (V,) bool. A text
+    without terms has coverage 0. This measure is ours; the paper has none like it.
     """
-    bag = bag_of_words(input_ids, special)                                             # (B, V)
-    size = bag.sum(1, keepdim=True)                                                    # (B, 1)
-    top = cls_logits.topk(max(int(size.max()), 1), dim=1).indices                      # (B, K)
-    hits = bag.gather(1, top) & (torch.arange(top.shape[1], device=top.device) < size)
-    return hits.sum(1) / size[:, 0].clamp(min=1)
+    bag = bag_of_words(input_ids, special)  # (B, V)
+    num_terms = bag.sum(1, keepdim=True)  # (B, 1)
+    most_terms = max(int(num_terms.max()), 1)
+    top_ids = cls_logits.topk(most_terms, dim=1).indices  # (B, K)
+    ranks = torch.arange(most_terms, device=top_ids.device)
+    is_hit = bag.gather(1, top_ids) & (ranks < num_terms)
+    return is_hit.sum(1) / num_terms.squeeze(1).clamp(min=1)
+
 
 def mlm_head(lm, hidden):
-    """f: the checkpoint's own masked-LM head, on any rows of hidden states: (..., D) to (..., V)."""
+    """f: the checkpoint's own masked-LM head, on any rows of hidden states, (..., D) to (..., V).
+
+    Raises TypeError for a model whose head is not one of those below.
+    """
     if hasattr(lm, "cls"):  # BERT
         return lm.cls(hidden)
     if hasattr(lm, "lm_head") and not lm.config.is_encoder_decoder:  # RoBERTa, XLM-R
         return lm.lm_head(hidden)
     if hasattr(lm, "vocab_projector"):  # DistilBERT
-        return lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden))))
+        hidden = lm.activation(lm.vocab_transform(hidden))
+        return lm.vocab_projector(lm.vocab_layer_norm(hidden))
     if hasattr(lm, "head") and hasattr(lm, "decoder"):  # ModernBERT
         return lm.decoder(lm.head(hidden))
-    raise UserError(f"--model: {type(lm).__name__} has no head of BERT, RoBERTa, DistilBERT or ModernBERT")
+    raise TypeError(f"{type(lm).__name__} has no head of BERT, RoBERTa, DistilBERT or ModernBERT")
+
 
 class EnhancedDecoder(nn.Module):
-    """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline, with its own positions.
+    """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline.
 
-    The queries are h_CLS + positions, the keys and values h_CLS and the embeddings of the unmasked tokens +
-    positions. Token i sees position 0 and a random half of the others, never itself. This view is one draw on
-    the device; the original draws it in Python loops, where most of its time goes.
+    Queries are h_CLS + positions; keys and values are h_CLS and the embeddings of the unmasked
+    tokens + positions. Token i sees position 0 and a random half of the others, never itself.
+    That mask is one draw on the device; the original draws it in Python loops, which is where most
+    of its time goes.
     """
 
-    def __init__(self, lm, max_length: int):
+    def __init__(self, lm, max_length):
         super().__init__()
-        width, self.heads = lm.config.hidden_size, lm.config.num_attention_heads
+        width = lm.config.hidden_size
+        inner = 4 * width
+        heads = lm.config.num_attention_heads
         self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
-        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
-        self.norm_query, self.norm_memory, self.norm_attention, self.norm = map(nn.LayerNorm, [width] * 4)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm_queries = nn.LayerNorm(width)
+        self.norm_memory = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm_attention = nn.LayerNorm(width)
+        layers = [nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)]
+        self.feed_forward = nn.Sequential(*layers)
+        self.norm_output = nn.LayerNorm(width)
 
     def forward(self, cls, embeddings, attention_mask):
-        """cls (B, D), token embeddings (B, L, D), attention_mask (B, L) or None; returns (B, L, D)."""
-        batch, length, _ = embeddings.shape
-        queries = self.norm_query(cls[:, None] + self.positions[:length])              # (B, L, D)
-        memory = torch.cat([cls[:, None], embeddings[:, 1:]], 1) + self.positions[:length]
-        memory = self.norm_memory(memory)                                              # (B, L, D)
-        seen = torch.rand(batch, 1, length, length, device=cls.device) < 0.5           # (B, 1, L, L)
-        seen &= ~torch.eye(length, dtype=torch.bool, device=cls.device)
-        seen[..., 0] = True
+        """cls (B, D), token embeddings (B, L, D), attention_mask (B, L) or None: to (B, L, D)."""
+        batch_size, length, _ = embeddings.shape
+        positions = self.positions[:length]
+        queries = self.norm_queries(cls[:, None] + positions)  # (B, L, D)
+        memory = torch.cat([cls[:, None], embeddings[:, 1:]], dim=1) + positions
+        memory = self.norm_memory(memory)  # (B, L, D)
+
+        unseen = torch.rand(batch_size, length, length, device=cls.device) < 0.5  # (B, L, L)
+        unseen |= torch.eye(length, dtype=torch.bool, device=cls.device)
         if attention_mask is not None:
-            seen &= attention_mask[:, None, None].bool()
-        projected = self.query(queries), self.key(memory), self.value(memory)
-        q, k, v = (rows.unflatten(2, (self.heads, -1)).transpose(1, 2) for rows in projected)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
-        attended = self.output(attended)                                               # (B, L, D)
+            unseen |= attention_mask[:, None] == 0
+        unseen[:, :, 0] = False
+        unseen = unseen.repeat_interleave(self.attention.num_heads, dim=0)  # (B·H, L, L)
+
+        attended = self.attention(queries, memory, memory, attn_mask=unseen, need_weights=False)[0]
         decoded = self.norm_attention(queries + attended)
-        return self.norm(decoded + self.feed_forward(decoded))
+        return self.norm_output(decoded + self.feed_forward(decoded))
+
 
 class BowMAE(nn.Module):
-    """A masked LM and its losses; `bow` adds no parameter, `enhanced` a decoder for training alone."""
+    """A masked LM and its losses. `bow` adds no parameter; `enhanced` adds a decoder to train."""
 
-    def __init__(self, lm, config: Config, special):
+    def __init__(self, lm, special, objective, max_length):
         super().__init__()
-        self.lm, self.objective = lm, config.objective
-        self.register_buffer("special", special, persistent=False)
-        enhanced = config.objective == "enhanced"
-        self.decoder = EnhancedDecoder(lm, config.max_length) if enhanced else nn.Identity()
+        self.lm = lm
+        self.objective = objective
+        self.register_buffer("special", special, persistent=False)  # (V,)
+        self.decoder = EnhancedDecoder(lm, max_length) if objective == "enhanced" else nn.Identity()
 
     def encode(self, input_ids, attention_mask):
-        """The last hidden states h, (B, L, D), of input_ids (B, L)."""
+        """The last hidden states h (B, L, D) of input_ids (B, L)."""
         return self.lm.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
 
-    def forward(self, batch: BatchEncoding, objective: str | None = None) -> dict:
-        """The mean of each loss over a micro-batch, by name; logits are made only where a loss needs them.
+    def forward(self, original_ids, input_ids, attention_mask, masked_positions, word_positions):
+        """The losses of a micro-batch, by name; vocabulary logits only where a loss needs them.
 
-        h is of the masked text, and its [CLS] must predict the bag of the unmasked one.
+        original_ids (B, L) is the text, input_ids (B, L) its masked copy, which the encoder reads;
+        attention_mask (B, L) is None where nothing is padded. masked_positions (M,) and
+        word_positions (N,) index the masked and the non-special tokens of the flattened (B·L,).
         """
-        objective, input_ids = objective or self.objective, batch["input_ids"]
-        words = input_ids.flatten()                                                    # (B·L,)
-        hidden = self.encode(batch["masked_ids"], batch["attention_mask"])             # (B, L, D)
-        logits = mlm_head(self.lm, hidden.flatten(0, 1)[batch["chosen"]]).float()      # (M, V)
-        losses = {"mlm_loss": F.cross_entropy(logits, words[batch["chosen"]])}
-        if objective == "bow":
-            losses["bow_loss"] = bow_loss(mlm_head(self.lm, hidden[:, 0]), input_ids, self.special)
-        elif objective == "enhanced":
-            embeddings = self.lm.get_input_embeddings()(input_ids)                     # (B, L, D)
-            decoded = self.decoder(hidden[:, 0], embeddings, batch["attention_mask"])  # (B, L, D)
-            logits = mlm_head(self.lm, decoded.flatten(0, 1)[batch["visible"]]).float()     # (N, V)
-            losses["enhanced_loss"] = F.cross_entropy(logits, words[batch["visible"]])
+        hidden = self.encode(input_ids, attention_mask)  # (B, L, D)
+        masked_hidden = hidden.flatten(0, 1)[masked_positions]  # (M, D)
+        logits = mlm_head(self.lm, masked_hidden).float()  # (M, V)
+        losses = {"mlm_loss": F.cross_entropy(logits, original_ids.flatten()[masked_positions])}
+        if self.objective == "bow":
+            cls_logits = mlm_head(self.lm, hidden[:, 0])  # (B, V)
+            losses["bow_loss"] = bow_loss(cls_logits, original_ids, self.special)
+        if self.objective == "enhanced":
+            embeddings = self.lm.get_input_embeddings()(original_ids)  # (B, L, D)
+            decoded = self.decoder(hidden[:, 0], embeddings, attention_mask)  # (B, L, D)
+            logits = mlm_head(self.lm, decoded.flatten(0, 1)[word_positions]).float()  # (N, V)
+            labels = original_ids.flatten()[word_positions]
+            losses["enhanced_loss"] = F.cross_entropy(logits, labels)
         return losses
 
-FRESH = {"tiny": (2, 128, 2048), "mini": (4, 256, 8192), "small": (4, 512, 16384), "medium": (8, 512, 30522),
-         "base": (12, 768, 30522)}  # layers, width, vocabulary
 
-def learn_tokenizer(config: Config):
-    """An uncased WordPiece tokenizer with the vocabulary of the first texts; the same at every call."""
-    tokenizer, characters, size = BertTokenizer(), Counter(), FRESH[config.model][2]
-    backend = tokenizer.backend_tokenizer
-    for text in first_texts(config, held_out=False):
-        characters.update(backend.normalizer.normalize_str(text))
-    common = sorted(characters, key=lambda character: (-characters[character], character))[: size // 8]
-    alphabet = [character for character in common if not character.isspace()]
-    # the trainer numbers new characters in the order of a random hash, so the vocabulary would change from
-    # run to run; it is a function of the texts once all characters, and their continuations, are given
-    backend.train_from_iterator(first_texts(config, held_out=False), WordPieceTrainer(
-        vocab_size=size, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False,
-        special_tokens=list(tokenizer.get_vocab()) + ["##" + character for character in alphabet]))
-    return BertTokenizer(vocab=backend.get_vocab(), model_max_length=max(512, config.max_length))
+# ---- data: texts
 
-def load_tokenizer(source: str, config: Config | None = None):
-    """The tokenizer of a model or checkpoint, or one learnt for a new model; UserError if it cannot serve."""
-    if config and source in FRESH:
-        return learn_tokenizer(config)
-    with blame(f"--model {source}: no such model, or no tokenizer in it"):
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # all but the last also .gz
+CORPORA = ("corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz")
+OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)")
+PACKAGES = "pandas numpy networkx transformers torch sympy datasets huggingface_hub"
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # of the data's start, see sample_texts
+BUFFER_TEXTS, BUFFER_CHARACTERS = 2048, 2_000_000  # of a shard, tokenised and shuffled together
+
+
+def docstrings(versions):
+    """Yield _id (a name), query (first paragraph), text (the rest) of packages' docstrings."""
+    for package in versions:  # {name: version}, of which the cache is a function
+        root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
+        for path in sorted(root.rglob("*.py")):
+            parts = [package, *path.relative_to(root).with_suffix("").parts]
+            if {"site-packages", "dist-packages", "test", "tests"} & set(parts):
+                continue
+            nodes = []
+            with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                name = ".".join(part for part in parts if part not in ("python", "__init__"))
+                nodes.append((name, ast.parse(path.read_bytes())))
+            for name, node in nodes:  # which grows meanwhile
+                for child in ast.iter_child_nodes(node):
+                    if isinstance(child, DOCUMENTED):
+                        nodes.append((f"{name}.{child.name}", child))
+                    elif isinstance(child, ast.stmt):
+                        nodes.append((name, child))
+                docstring = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
+                query, _, text = (docstring or "").partition("\n\n")
+                if query.strip() and text.strip():
+                    yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
+
+
+def python_docs():
+    """The documentation of Python and PACKAGES: some 24,000 rows of _id, query, text, shuffled.
+
+    Repeated texts and queries that name more than one text are left out. Cached by `datasets`.
+    """
+    versions = {name: metadata.version(name) for name in PACKAGES.split()}
+    arguments = {"versions": {"python": sys.version} | versions}
+    cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
+    gc.disable()  # else it looks at every syntax tree, in vain, for most of the time
+    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs=arguments, cache_dir=cache)
+    gc.enable()
+    table = rows.to_pandas().drop_duplicates("_id").drop_duplicates("text")
+    table = table.drop_duplicates("query", keep=False)
+    table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
+    return datasets.Dataset.from_pandas(table, preserve_index=False)
+
+
+def text_hash(text):
+    """A number in [0, 1) that is a function of the text alone."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
+def file_format(path):
+    """The ending that tells the format of a file: ".jsonl" of a.jsonl and of a.jsonl.gz."""
+    path = Path(path)
+    inner = Path(path.stem).suffix
+    return inner if path.suffix == ".gz" and inner in FORMATS[:-1] else path.suffix
+
+
+def is_path(name):
+    """Whether a --model or --data can only be a path: a name of the hub has at most one slash."""
+    path = Path(name).expanduser()
+    in_folder = len(path.parts) == 2 and path.parent.is_dir()
+    return in_folder or len(path.parts) > 2 or path.exists() or name[0] in "./~"
+
+
+def list_files(data):
+    """The files of --data, of one format; [] for python-docs, a saved dataset, or a hub name.
+
+    Of a folder: the corpus of BEIR or MS MARCO, else all files but hidden ones, those whose names
+    tell of a test or validation split, empty ones, and what our own runs have left there.
+    """
+    path = Path(data).expanduser()
+    files = [path / name for name in CORPORA if (path / name).is_file()][:1]
+    if path.is_dir() and not files:
+        if list(path.glob("dataset_*.json")):  # written by save_to_disk
+            return []
+        runs = {file.parent for file in path.rglob("run.json")}
+        for file in path.rglob("*"):
+            is_ours = not OTHER_FILES.search(file.relative_to(path).as_posix())
+            if is_ours and file_format(file) in FORMATS and not runs & {*file.parents}:
+                files.append(file)
+    elif not files and (is_path(data) or glob.has_magic(data)):
+        files = [path] if path.is_file() else [Path(name) for name in glob.glob(str(path))]
+    elif not files:
+        return []
+    files = [file for file in files if file.is_file() and file.stat().st_size]
+    formats = " and ".join(sorted({file_format(file) for file in files})) or "no training file"
+    if formats not in FORMATS:
+        known = f"{' '.join(FORMATS)} (all but the last also .gz)"
+        raise UserError(f"--data {data}: found {formats}, not files of one format of {known}")
+    return sorted(map(str, files))
+
+
+def parse_record(line, kind):
+    """The record of a line of bytes of a .txt, .tsv or JSON lines file, or of a row of a .csv."""
+    if kind == ".csv":
+        if None in line:
+            raise ValueError("more fields than the header names")
+        return line
+    text = line.decode("utf-8-sig").rstrip("\r\n")
+    if kind == ".txt":
+        return {"text": text}
+    if kind == ".tsv":
+        return dict(zip(("_id", "text"), text.split("\t", 1), strict=True))
+    return dict(json.loads(text))
+
+
+def read_records(file, first=0, stride=1):
+    """Yield (line number, record) of every stride-th record of a local file, from the first on.
+
+    A .tsv holds an _id and a text. UserError names file and line of what cannot be read.
+    """
+    number, kind = 0, file_format(file)
+    csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
+    try:
+        with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
+            numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+            if kind == ".csv":
+                rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
+                numbered = ((rows.line_num, row) for row in rows)
+            for number, line in itertools.islice(numbered, first, None, stride):
+                yield number, parse_record(line, kind)
+    except (ValueError, TypeError, EOFError, OSError, csv.Error, zlib.error) as error:
+        place = "after line" if kind == ".csv" else "line"
+        raise UserError(f"{file}, {place} {number}: {error}") from error
+
+
+def join_columns(record, columns, place):
+    """{"text": the columns joined by a space, without null ones}; UserError if one is no text."""
+    values = [record[column] for column in columns if record.get(column) is not None]
+    if not all(isinstance(value, str) for value in values):
+        raise UserError(f"{place}: {values!r:.80} in {' '.join(columns)} is not text")
+    text = " ".join(value for value in values if value).strip()
+    return {"text": text.encode(errors="replace").decode()}  # half a surrogate pair is no text
+
+
+def read_texts(files, columns, first, stride):
+    """Yield {"text": ...} of every stride-th line of each file, from the first on."""
+    for file in files:
+        for number, record in read_records(file, first, stride):
+            yield join_columns(record, columns, f"{file}, line {number}")
+
+
+def open_tables(config, files, num_shards):
+    """The whole of --data, where it is not files of lines, as a stream of `datasets`."""
+    if files:
+        options = {"data_files": files, "columns": config.text_columns, "split": "train"}
+        stream = datasets.load_dataset("parquet", streaming=True, **options)
+        return stream.reshard()  # by row groups
+    name, subset, split = (config.data.split(":") + ["", ""])[:3]
+    if name != "python-docs" and not Path(name).is_dir():
+        return datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+    table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
+    table = table["train"] if isinstance(table, datasets.DatasetDict) else table
+    return table.to_iterable_dataset(num_shards=min(num_shards, len(table)))
+
+
+def open_stream(config, files, shard=0, num_shards=1):
+    """The records {"text": ...} of one shard of --data, as a stream of `datasets`.
+
+    A shard reads files, row groups or rows of its own where there are enough of them; else it
+    reads all, and keeps one record in num_shards. UserError if --data lacks a column.
+    """
+    columns = tuple(config.text_columns)
+    is_lines = bool(files) and file_format(files[0]) != ".parquet"
+    if is_lines:
+        first_records = itertools.islice(read_records(files[0]), 100)
+        found = sorted({name for _, record in first_records for name in record})
+    else:
+        stream = open_tables(config, files, num_shards)
+        found = stream.column_names or sorted(next(iter(stream)))
+    if not set(columns) <= set(found):
+        raise UserError(f"--data {config.data} has the columns {found}, not {' '.join(columns)}")
+    if is_lines:
+        own = {"files": files, "first": shard, "stride": num_shards}
+        if len(files) >= num_shards:
+            own = {"files": files[shard::num_shards], "first": 0, "stride": 1}
+        arguments = {"columns": columns} | own
+        return datasets.IterableDataset.from_generator(read_texts, gen_kwargs=arguments)
+    if stream.num_shards >= num_shards:
+        stream = stream.shard(num_shards, shard)
+    else:
+        stream = split_dataset_by_node(stream, shard, num_shards)
+    arguments = {"columns": columns, "place": f"--data {config.data}"}
+    return stream.select_columns(config.text_columns).map(join_columns, fn_kwargs=arguments)
+
+
+def sample_texts(config, files):
+    """The texts at the start of --data, and the share of all texts to hold out for evaluation.
+
+    The share makes some 100 of these texts, but at most 1 text in 10 and at least 1 in 1000.
+    """
+    texts, num_characters = [], 0
+    for record in open_stream(config, files):
+        texts.append(record["text"])
+        num_characters += len(record["text"])
+        if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
+            break
+    if "" in texts:
+        print_once(f"note: {texts.count('')} of the first {len(texts)} texts are empty: skipped")
+    if len(texts) < 100:
+        print_once(f"note: nothing is held out for evaluation, as there are {len(texts)} texts")
+        return texts, 0.0
+    return texts, min(max(100 / len(texts), 1 / 1000), 1 / 10)
+
+
+# ---- data: batches
+
+
+def special_ids(tokenizer, vocab_size):
+    """(V,) bool, true for ids that are no words: special tokens, and ids the tokenizer lacks."""
+    special = torch.arange(vocab_size) >= len(tokenizer)
+    special[tokenizer.all_special_ids] = True
+    return special
+
+
+def cut_sequences(texts, tokenizer, max_length):
+    """Cut texts into sequences of at most max_length tokens, [CLS] and [SEP] included.
+
+    Returns a list of (token_ids, word_ids), L integers each; word_ids count the words of the
+    sequence from 1, with 0 at special tokens. Sequences without a word are left out.
+    """
+    cut = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
+    special = set(tokenizer.all_special_ids)
+    sequences = []
+    encoded = tokenizer(texts, **cut) if texts else {"input_ids": []}
+    for index, token_ids in enumerate(encoded["input_ids"]):
+        if not special.issuperset(token_ids):
+            numbers = encoded.word_ids(index)  # None at special tokens
+            first = min(number for number in numbers if number is not None)
+            word_ids = [0 if number is None else number - first + 1 for number in numbers]
+            sequences.append((token_ids, word_ids))
+    return sequences
+
+
+def collate(sequences, tokenizer, mask_ratio, seed):
+    """A micro-batch of B sequences, padded to the longest and masked, for `BowMAE.forward`."""
+    pad = nn.utils.rnn.pad_sequence
+    token_ids = [torch.tensor(token_ids) for token_ids, _ in sequences]
+    attention_mask = pad([torch.ones_like(row) for row in token_ids], batch_first=True)  # (B, L)
+    original_ids = pad(token_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+    word_ids = pad([torch.tensor(word_ids) for _, word_ids in sequences], batch_first=True)
+    generator = torch.Generator().manual_seed(seed)
+    input_ids, chosen = whole_word_mask(original_ids, word_ids, tokenizer, mask_ratio, generator)
+    is_word = ~special_ids(tokenizer, len(tokenizer))[original_ids]  # (B, L)
+    batch = {"original_ids": original_ids, "input_ids": input_ids}
+    # None: to look for zeros in a mask of ones would make a GPU wait in every forward pass.
+    batch["attention_mask"] = None if attention_mask.all() else attention_mask
+    batch["masked_positions"] = chosen.flatten().nonzero().squeeze(1)  # (M,)
+    batch["word_positions"] = is_word.flatten().nonzero().squeeze(1)  # (N,)
+    return BatchEncoding(batch)
+
+
+class PretrainingStream(torch.utils.data.IterableDataset):
+    """The micro-batches of some shards of the data, one of each shard in turn, without end.
+
+    What a shard yields is a function of (data, seed, step, shard), not of the process that reads
+    it. With a micro-batch comes the position from which its shard resumes: the epoch, the state of
+    `datasets` at the start of the buffer of texts, and the step of the buffer's first batch.
+    """
+
+    def __init__(self, config, tokenizer, files, held_out_share, shards, state):
+        self.config, self.tokenizer, self.files = config, tokenizer, files
+        self.held_out_share, self.shards = held_out_share, shards
+        self.positions = state.get("positions", {})
+        self.first_step = state.get("step", 0) + 1
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        shards = self.shards[worker.id :: worker.num_workers] if worker else self.shards
+        for micro_batches in zip(*map(self.read_shard, shards), strict=True):
+            yield from micro_batches
+
+    def read_shard(self, shard):
+        """Yield (info, batch) for each step from first_step on."""
+        config = self.config
+        epoch, state, step = self.positions.get(shard, (0, None, 1))
+        while True:
+            epoch_start = step
+            stream = open_stream(config, self.files, shard, config.num_shards)
+            stream = stream.shuffle(config.seed, buffer_size=1, max_buffer_input_shards=1)
+            stream.set_epoch(epoch)  # each epoch has its own order of the files or row groups
+            if state:
+                stream.load_state_dict(state)
+            state = stream.state_dict()
+            batches = stream.iter(batch_size=16)  # __iter__ would divide it among workers again
+            while texts := self.read_buffer(batches):
+                position = (epoch, state, step)
+                for sequences in self.make_batches(texts, shard, step):
+                    if step >= self.first_step:
+                        numbers = np.random.SeedSequence([config.seed, step, shard])
+                        seed = int(numbers.generate_state(1)[0])
+                        info = {"shard": shard, "position": position, "seed": seed}
+                        info["num_tokens"] = sum(len(token_ids) for token_ids, _ in sequences)
+                        yield info, collate(sequences, self.tokenizer, config.mask_ratio, seed)
+                    step += 1
+                state = stream.state_dict()
+            if step == epoch_start:
+                message = f"--data {config.data} has too few texts for {config.num_shards} shards"
+                raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
+            epoch, state = epoch + 1, None
+
+    def read_buffer(self, batches):
+        """The next texts to train on, as many as a buffer takes; [] at the end of the shard."""
+        texts, num_characters = [], 0
+        for batch in batches:
+            for text in batch["text"]:
+                if text_hash(text) >= self.held_out_share:
+                    # A text longer than a buffer is cut, so that a book does not fill memory.
+                    starts = range(0, len(text), BUFFER_CHARACTERS)
+                    texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
+                    num_characters += len(text)
+            if len(texts) >= BUFFER_TEXTS or num_characters >= BUFFER_CHARACTERS:
+                break
+        return texts
+
+    def make_batches(self, texts, shard, first_step):
+        """Yield the batches of a buffer, of sequences of like length, in a random order."""
+        config = self.config
+        sequences = cut_sequences(texts, self.tokenizer, config.max_length)
+        order = np.random.default_rng([config.seed, shard, first_step]).permutation(len(sequences))
+        sequences = sorted((sequences[i] for i in order), key=lambda sequence: len(sequence[0]))
+        count = math.ceil(len(sequences) / config.micro_batch_size)
+        bounds = [len(sequences) * i // max(count, 1) for i in range(count + 1)]
+        batches = [sequences[start:end] for start, end in itertools.pairwise(bounds)]
+        for step in range(first_step, first_step + count):
+            # One draw for all shards: they meet alike lengths, and no process waits for another.
+            draw = np.random.default_rng([config.seed, step]).random()
+            yield batches.pop(int(draw * len(batches)))
+
+
+def init_worker(worker_id):
+    """In a data-loader process: leave signals to the training process, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=exit_with, args=[os.getppid()], daemon=True).start()
+
+
+def exit_with(parent):
+    """End this process when its parent has ended: else it waits for ever to hand on its batches."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def make_loader(config, tokenizer, files, held_out_share, state, device):
+    """Yield the micro-batches of this process's shards, from the step after a checkpoint on."""
+    share = config.num_shards // dist.get_world_size()
+    shards = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    stream = PretrainingStream(config, tokenizer, files, held_out_share, shards, state)
+    num_workers = math.gcd(config.workers, share) if config.workers else 0
+    options = {"num_workers": num_workers, "worker_init_fn": init_worker}
+    if num_workers:
+        # A worker makes a buffer of batches at a time: two in store, so that training never waits.
+        buffers = 2 * math.ceil(BUFFER_TEXTS / config.micro_batch_size)
+        options["prefetch_factor"] = buffers * share // num_workers
+    pin_memory = device.type == "cuda"
+    yield from torch.utils.data.DataLoader(stream, None, pin_memory=pin_memory, **options)
+
+
+# ---- tokenizer and model
+
+FRESH_MODELS = {  # layers, width, size of the vocabulary
+    "tiny": (2, 128, 2048),
+    "mini": (4, 256, 8192),
+    "small": (4, 512, 16384),
+    "base": (12, 768, 30522),
+}
+
+
+def learn_tokenizer(config, texts):
+    """An uncased WordPiece tokenizer, its vocabulary learnt from texts, the same at every call.
+
+    The alphabet covers 99.95 % of the characters; where it takes over half of the vocabulary, as
+    in Chinese, the vocabulary grows to twice the alphabet. Accents and vowel signs are kept.
+    """
+    wordpiece = BertWordPieceTokenizer(strip_accents=False, lowercase=True)
+    counts = Counter()
+    for text in texts:
+        counts.update(wordpiece.normalize(text))
+    del counts[" "]
+    characters = sorted(counts, key=lambda character: (-counts[character], character))
+    covered = np.cumsum([counts[character] for character in characters]) / counts.total()
+    alphabet = characters[: int(np.searchsorted(covered, 0.9995)) + 1]
+    # A character that always stands alone, as a Chinese one does, continues no word.
+    split = wordpiece.pre_tokenizer.pre_tokenize_str
+    inner = [f"##{c}" for c in alphabet if len(split(wordpiece.normalize(f"a{c}a"))) == 1]
+    size = FRESH_MODELS[config.model][2]
+    if len(alphabet) + len(inner) > size / 2:
+        size = 2 * (len(alphabet) + len(inner))
+    # The trainer numbers new pieces in the order of a random hash. Once all characters are given,
+    # and all that continue a word, the vocabulary is a function of the texts.
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner]
+    options = {"special_tokens": special, "show_progress": False}
+    options |= {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet)}
+    wordpiece.train_from_iterator(texts, vocab_size=size, **options)
+    length = max(512, config.max_length)
+    return BertTokenizer(wordpiece.get_vocab(), strip_accents=False, model_max_length=length)
+
+
+def fresh_lm(config, tokenizer):
+    """A new BERT of --model's size, with larger weights than BERT's 0.02, for a short run."""
+    layers, width, _ = FRESH_MODELS[config.model]
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": width // 64}
+    sizes |= {"max_position_embeddings": max(512, config.max_length)}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert = BertConfig(**sizes, **no_dropout, initializer_range=0.05)  # its padding id is 0, too
+    return AutoModelForMaskedLM.from_config(bert)
+
+
+def load_tokenizer(source):
+    """The tokenizer of a model's folder or hub name; UserError if it cannot serve."""
+    if is_path(source) and not Path(source).expanduser().is_dir():
+        raise UserError(f"--model {source}: no such folder")
+    try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    if not tokenizer.is_fast or tokenizer.mask_token is None or tokenizer.pad_token is None:
-        raise UserError(f"--model {source}: its tokenizer must be fast and have a mask and a padding token")
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model {source} has no tokenizer here: {reason}") from error
+    if not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token):
+        raise UserError(f"--model {source}: its tokenizer is not fast, or lacks [MASK] or [PAD]")
+    if tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
+        raise UserError(f"--model {source}: its tokenizer puts no [CLS] before a text")
     if max(tokenizer.get_vocab().values()) >= len(tokenizer):
         raise UserError(f"--model {source}: the ids of its tokenizer have gaps")
-    if tokenizer.cls_token_id is None or tokenizer("a").input_ids[0] != tokenizer.cls_token_id:
-        raise UserError(f"--model {source}: its tokenizer puts no [CLS] first, so no vector would be trained")
     return tokenizer
 
-def fresh_lm(size: str, tokenizer):
-    """A new BERT initialised for short runs: [CLS] starts out with something of all its words."""
-    layers, width, _ = FRESH[size]
-    lm = AutoModelForMaskedLM.from_config(BertConfig(
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=layers,
-        hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
-        max_position_embeddings=tokenizer.model_max_length, initializer_range=0.05,  # of BERT: 0.02
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    with torch.no_grad():
-        embeddings = lm.base_model.embeddings
-        for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
-            table.weight.mul_(0.2)  # else they drown the words
-        for layer in lm.base_model.encoder.layer:  # attention hands on what it sees, near the mean of all
-            for linear in (layer.attention.self.value, layer.attention.output.dense):
-                linear.weight.diagonal().add_(0.5)
+
+def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
+    """The masked LM of a folder or hub name, in float32; UserError if a trial shows it unfit.
+
+    The head must give the model's own logits for max_length tokens, and each weight a gradient, in
+    the dtype of autocast.
+    """
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    try:
+        lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
+        assert not report["missing_keys"], f"it lacks {min(report['missing_keys'])}"
+        input_ids = torch.full((1, max_length), len(tokenizer) - 1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (1, L, V)
+            torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
+        logits.sum().backward()
+        for name, weight in lm.named_parameters():
+            assert weight.grad is not None, f"{name} gets no gradient"
+    except Exception as error:  # whatever a model that is not meant for this raises
+        raise UserError(
+            f"--model {source} is no masked LM of BERT, RoBERTa, DistilBERT or ModernBERT for "
+            f"--max_length {max_length}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    lm.zero_grad()
     return lm
 
-def load_lm(source: str, tokenizer, max_length: int, seed: int):
-    """The masked LM of a model or checkpoint, or a fresh BERT of this seed; UserError if it cannot serve."""
-    torch.manual_seed(seed)
-    if source in FRESH:
-        lm = fresh_lm(source, tokenizer)
-    else:
-        with blame(f"--model {source} is no masked LM"):
-            lm, report = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32,
-                                                              output_loading_info=True)
-        if report["missing_keys"]:
-            raise UserError(f"--model {source} has no masked-LM head: no {min(report['missing_keys'])}")
-    if max_length <= 128 and not torch.cuda.is_available():
-        lm.set_attn_implementation("eager")  # 1.2 to 1.3 x tokens/s: CPUs' fused attention is slow backward
-    mlm_head(lm, torch.zeros(1, lm.config.hidden_size))
-    # RoBERTa counts positions from its padding id on
-    first = getattr(getattr(lm.base_model, "embeddings", None), "padding_idx", -1) + 1
-    positions, size = lm.config.max_position_embeddings - first, lm.config.vocab_size
-    if max_length > positions or len(tokenizer) > size:
-        raise UserError(f"--model {source} has {positions} positions and {size} embeddings, too few for "
-                        f"--max_length {max_length} or the {len(tokenizer)} tokens of its tokenizer")
-    return lm
 
-# ---- schedules
+# ---- checkpoints and logs
 
-def cosine(first: float, last: float, progress: float) -> float:
-    """From first at progress 0 to last at 1, along half a cosine."""
-    return last + (first - last) * (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
+# No loss depends on these flags, so they may change when a run resumes.
+FREE_FLAGS = ("workers", "output", "save_every", "keep", "log_every", "eval_every", "bench")
 
-def learning_rate(config: Config, step: int) -> float:
-    """The learning rate of an optimizer step, 1 to steps: a linear warm-up, then a cosine."""
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    rise = min(step / max(config.warmup_steps, 1), 1)
-    return rise * cosine(config.lr, config.lr * config.lr_final_ratio, progress)
 
-# ---- processes
+def print_once(message):
+    """Print a line on the first process."""
+    if dist.get_rank() == 0:
+        print(message, flush=True)
 
-@contextlib.contextmanager
-def process_group():
-    """Join the processes of torchrun, or be a group of one; yields the device. CPU tensors travel by gloo."""
-    logging.disable(logging.CRITICAL)  # of the libraries: what fails comes as an error
-    transformers.utils.logging.disable_progress_bar()
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "cpu:gloo,cuda:nccl"
-        if device.index >= torch.cuda.device_count():
-            print(f"error: no GPU for process {device.index}: lower --nproc_per_node", file=sys.stderr)
-            sys.exit(2)
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # the first process may read, index or mine for hours while the others wait for it
-    dist.init_process_group(backend, timeout=timedelta(days=7), **alone)
-    try:
-        yield device
-    except Exception:
-        if dist.get_world_size() > 1:  # to leave the group would wait for processes that wait for us
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)  # loader processes end by themselves when they lose their parent
-        raise
-    finally:  # workers ignore SIGTERM, and an error keeps their iterator alive: end them here
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in torch.multiprocessing.active_children():
-            child.kill()
-        dist.destroy_process_group()
 
-def leave() -> None:
-    """End a process of torchrun without Python's teardown, where threads that gloo leaves may abort it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        os._exit(0)
-
-def agree(error: Exception | None = None, numbers=()) -> list[float]:
-    """Sum numbers over all processes. If any met an error, print it once; all exit with 2."""
-    mine = torch.tensor([error is not None, *numbers], dtype=torch.float64)
-    rows = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    failed = [rank for rank, row in enumerate(rows) if row[0]]
-    if failed:
-        if dist.get_rank() == failed[0]:  # what a loader process raises comes with its traceback before it
-            tqdm.write(f"error: {str(error).split('UserError: ')[-1].strip()}", file=sys.stderr)
-        dist.all_reduce(mine)  # wait until it is out: at the first exit torchrun ends the other processes
-        sys.exit(2)
-    return sum(rows)[1:].tolist()
-
-def together(function, *args, first: bool = False):
-    """function(*args) on every process, or on the first for all; a UserError on one of them ends all."""
-    result = error = None
-    try:
-        if not first or dist.get_rank() == 0:
-            result = function(*args)
-    except UserError as caught:
-        error = caught
-    agree(error)
-    if first:
-        dist.broadcast_object_list(box := [result], device=torch.device("cpu"))
-        result = box[0]
-    return result
-
-# ---- checkpoints
-
-def write_json(path: Path, content) -> None:
+def write_json(path, content):
     """Write a JSON file whole or not at all."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
 
-def save_checkpoint(config, lm, tokenizer, state: dict, max_length: int, similarity: str = "dot") -> None:
-    """Write output/checkpoint-STEP, as transformers and SentenceTransformer open it; keep the last --keep."""
-    folder, target = Path(config.output, ".saving"), Path(config.output, f"checkpoint-{state['step']}")
-    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
-    pooling = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
-    pooler = {} if lm.config.model_type in ("distilbert", "modernbert") else {"add_pooling_layer": False}
-    log = Path(config.output, "metrics.jsonl")
-    with blame(f"--output: {target} cannot be written; fix that; the same command resumes from the last"):
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "1_Pooling").mkdir(parents=True)
-        lm.save_pretrained(folder)
-        tokenizer.backend_tokenizer.no_truncation()  # left by the windows
-        tokenizer.save_pretrained(folder)
-        write_json(folder / "modules.json", [module, pooling])
-        write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": similarity})
-        write_json(folder / "1_Pooling/config.json", {
-            "word_embedding_dimension": lm.config.hidden_size, "pooling_mode_cls_token": True})
-        write_json(folder / "sentence_bert_config.json", {
-            "max_seq_length": max_length, "do_lower_case": False, "model_args": pooler})
-        torch.save(state | {"logged": log.stat().st_size}, folder / "training_state.pt")
-        files = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
-        write_json(folder / "trainer_state.json", {
-            "global_step": state["step"], "config": asdict(config), "files": files})
-        os.sync()
-        shutil.rmtree(target, ignore_errors=True)  # a torn one of this step, which was passed over
-        folder.rename(target)
-    whole = [folder for folder in list_checkpoints(config.output) if read_manifest(folder)][: config.keep]
-    for old in set(list_checkpoints(config.output)) - set(whole):
-        shutil.rmtree(old, ignore_errors=True)
 
-def list_checkpoints(output: str) -> list[Path]:
-    """The folders checkpoint-STEP, newest first."""
+def prepare_output(config):
+    """Make --output and lock it, for as long as the file that is returned stays open."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    run = output / "run.json"
+    if run.exists():
+        is_ours = json.loads(run.read_text())["config"].keys() == asdict(config).keys()
+    else:
+        is_ours = {path.name for path in output.iterdir()} <= {".lock"}
+    if not is_ours:
+        raise UserError(f"--output {output} holds other files: give another folder")
+    lock = (output / ".lock").open("a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        raise UserError(f"--output {output} is in use by {lock.read()}") from error
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
+    return lock
+
+
+def list_checkpoints(output):
+    """The folders checkpoint-STEP of a run, the newest last."""
     folders = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(folders, key=lambda path: -int(path.name[11:]))
+    return sorted(folders, key=lambda path: int(path.name[11:]))
 
-def read_manifest(folder: Path) -> dict | None:
-    """The trainer_state.json of a checkpoint; None if a file is missing or has another size than written."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        manifest = json.loads((folder / "trainer_state.json").read_text())
-        if all((folder / name).stat().st_size == size for name, size in manifest["files"].items()):
-            return manifest
 
-def find_checkpoint(config) -> str | None:
-    """The checkpoint to go on from, if any; UserError where --output or --resume is not this run's."""
-    output, checkpoints, earlier = Path(config.output), list_checkpoints(config.output), {}
-    with blame(f"--output {output} cannot be used"):
-        output.mkdir(parents=True, exist_ok=True)
-        used = {path.name for path in output.iterdir() if path.suffix != ".tmp"} - {"run.json"}
-        if used and (output / "run.json").exists():
-            earlier[output] = json.loads((output / "run.json").read_text())["config"]
-        if used and (not earlier or config.resume == "never"):
-            raise UserError(f"--output {output} holds {'a run' if earlier else 'other files'}: give another")
-    begun = checkpoints and earlier.get(output, {}).get("resume") == config.resume
-    if config.resume not in ("auto", "never") and not begun:
-        path, manifest = Path(config.resume), read_manifest(Path(config.resume))
-        if manifest is None or checkpoints and not checkpoints[0].samefile(path):
-            raise UserError(f"--resume {path} is no whole checkpoint, or not the newest of --output")
-        checkpoints, earlier[path] = [path], manifest["config"]
-    # no loss depends on these flags (`compare` is of eval_retrieval.py), so they may change on a resume
-    free = "workers output save_every keep log_every eval_every resume compare bench".split()
-    for where, flags in earlier.items():
-        for name, value in asdict(config).items():
-            if name not in free and flags.get(name) != value:
-                raise UserError(f"{where} holds a run with --{name} {flags.get(name)}, not {value}: "
-                                f"give that, or another --output")
-    for folder in checkpoints:
-        if read_manifest(folder):
-            return str(folder)
-        print(f"warning: {folder} is not whole; passing it over", file=sys.stderr)
+def load_checkpoint(config):
+    """The newest checkpoint in --output and its state, or (None, {}); UserError for other flags."""
+    checkpoints = list_checkpoints(config.output)
+    if not checkpoints:
+        return None, {}
+    path = checkpoints[-1] / "training_state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file raises
+        raise UserError(f"{path} is damaged: remove its folder to resume: {error}") from error
+    for name, value in asdict(config).items():
+        before = state["config"].get(name)
+        if name not in FREE_FLAGS and value != before:
+            message = f"--output {config.output} holds a run with --{name} {before}, not {value}"
+            raise UserError(f"{message}: give that, or another --output")
+    return str(checkpoints[-1]), state
 
-def write_run(config, device: torch.device, logged: int | None = None) -> int | None:
-    """Write run.json: how this start was made. Cut metrics.jsonl to `logged` bytes; returns those it has."""
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "numpy")}
-    with blame(f"--output {config.output} cannot be written"):
-        write_json(Path(config.output, "run.json"), {
-            "config": asdict(config), "versions": versions | {"python": sys.version.split()[0]},
-            "git_commit": commit or None, "device": str(device), "world_size": dist.get_world_size(),
-            "argv": sys.argv})
-        if logged is not None:
-            with Path(config.output, "metrics.jsonl").open("a") as log:
-                return log.truncate(min(logged, log.tell()))
 
-# ---- evaluation and logs
+def write_model(folder, lm, tokenizer, max_length, pooling="cls", similarity="dot"):
+    """Write a model and its tokenizer, as transformers and SentenceTransformer open them."""
+    lm.save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    modules = {"Transformer": "", "Pooling": "1_Pooling"}
+    if similarity == "cos":
+        modules["Normalize"] = "2_Normalize"
+    entries = []
+    for index, (name, path) in enumerate(modules.items()):
+        kind = f"sentence_transformers.models.{name}"
+        entries.append({"idx": index, "name": str(index), "path": path, "type": kind})
+        (folder / path).mkdir(exist_ok=True)
+    write_json(folder / "modules.json", entries)
+    # Every mode is written out, as some versions take a missing one for true.
+    modes = "cls_token max_tokens mean_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken"
+    chosen = {"cls": "cls_token", "mean": "mean_tokens"}[pooling]
+    content = {f"pooling_mode_{mode}": mode == chosen for mode in modes.split()}
+    content["word_embedding_dimension"] = lm.config.hidden_size
+    write_json(folder / "1_Pooling" / "config.json", content)
+    score = {"dot": "dot", "cos": "cosine"}[similarity]
+    write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": score})
+    content = {"max_seq_length": max_length, "do_lower_case": False}
+    if "add_pooling_layer" in inspect.signature(type(lm.base_model)).parameters:
+        content["model_args"] = {"add_pooling_layer": False}
+    write_json(folder / "sentence_bert_config.json", content)
 
-def held_out_batches(config: Config, tokenizer) -> list[BatchEncoding]:
-    """The windows of the held-out texts at the start of the data, as batches with fixed masks."""
-    tables = special_table(tokenizer, len(tokenizer)), word_table(tokenizer)
-    windows = cut_windows([*first_texts(config, held_out=True)], tokenizer, config.max_length)[:1024]
-    windows.sort(key=len)
-    return [collate(windows[i : i + 64], tokenizer, tables, config.mask_ratio, i)
-            for i in range(0, len(windows), 64)]
 
-@torch.no_grad()
-def evaluate(model: BowMAE, batches: list[BatchEncoding], device) -> dict:
-    """Held-out masked-LM loss (a mean over tokens), bag-of-word loss and term coverage (over windows)."""
-    model.eval()
-    values, weights = [], []
-    for batch in (batch.to(device) for batch in batches):
-        losses = model(batch, "bow")
-        cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]          # of the unmasked text
-        coverage = term_coverage(mlm_head(model.lm, cls), batch["input_ids"], model.special).mean()
-        values.append([float(losses["mlm_loss"]), float(losses["bow_loss"]), float(coverage)])
-        weights.append([len(batch["chosen"]), len(cls), len(cls)])
-    model.train()
-    means = np.average(values, axis=0, weights=weights).tolist()
-    if not np.isfinite(means).all():
-        raise UserError("a held-out loss is not finite: lower --lr, with another --output")
-    return dict(zip(("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"), means))
+def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", similarity="dot"):
+    """Write output/checkpoint-STEP whole or not at all, and keep the newest --keep of them."""
+    temporary = Path(config.output, ".checkpoint.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    target = Path(config.output, f"checkpoint-{state['step']}")
+    log_size = Path(config.output, "metrics.jsonl").stat().st_size
+    state = {**state, "config": asdict(config), "log_size": log_size}
+    try:
+        write_model(temporary, lm, tokenizer, max_length, pooling, similarity)
+        torch.save(state, temporary / "training_state.pt")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{target} cannot be written, the one before is whole: {error}") from error
+    os.sync()
+    temporary.rename(target)
+    for old in list_checkpoints(config.output)[: -config.keep]:
+        shutil.rmtree(old)
 
-def print_table(rows: dict[str, dict], columns: list[str], title: str = "") -> None:
-    """An aligned table of numbers; a row is a name and its values by column."""
-    width = max(map(len, [title, *rows]))
-    print(f"\n{title:<{width}}" + "".join(f"{column:>12}" for column in columns))
-    for name, values in rows.items():
-        cells = (f"{values[column]:>12,.{0 if values[column] >= 100 else 4}f}" for column in columns)
-        print(f"{name:<{width}}" + "".join(cells))
 
-def write_metrics(config, record: dict) -> None:
-    """Append a line to metrics.jsonl; what is no number (a norm that overflowed) is null."""
+def finish_output(config):
+    """Put the model of the newest checkpoint into --output itself."""
+    state = shutil.ignore_patterns("training_state.pt")
+    newest = list_checkpoints(config.output)[-1]
+    shutil.copytree(newest, config.output, ignore=state, dirs_exist_ok=True)
+
+
+def start_logs(config, device, log_size):
+    """Write run.json, how this start was made, and cut metrics.jsonl to log_size bytes."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    has_git = shutil.which("git") is not None
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if has_git else ""
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+    content = {"config": asdict(config), "argv": sys.argv, "git_commit": commit or None}
+    content["versions"] = {name: metadata.version(name) for name in packages}
+    content["versions"]["python"] = sys.version
+    content |= {"device": str(device), "world_size": dist.get_world_size()}
+    write_json(Path(config.output, "run.json"), content)
+    with Path(config.output, "metrics.jsonl").open("a") as file:
+        file.truncate(log_size)
+
+
+def append_metrics(config, record):
+    """Append a line to metrics.jsonl. What is no number, as a norm that overflowed, is null."""
     record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-    with blame(f"--output: {config.output} cannot be written"):
-        with Path(config.output, "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    with Path(config.output, "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in MB: allocated by PyTorch on a GPU, else resident."""
+
+def print_table(rows, columns, title=""):
+    """Print an aligned table of numbers, {row: {column: value}}."""
+    width = max(map(len, [title, *rows]))
+    print(f"\n{title:<{width}}" + "".join(f"{column:>14}" for column in columns))
+    for name, values in rows.items():
+        cells = [f"{values[c]:,.{0 if abs(values[c]) >= 100 else 4}f}" for c in columns]
+        print(f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
+
+
+def peak_memory_mb(device):
+    """Peak memory in MB: allocated by PyTorch on a GPU, else resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
-def log_steps(config, device, bar: tqdm, pending: list, totals: Counter, began: float) -> None:
-    """Read the losses since the last log line; UserError if one is not finite, else log the last step."""
-    for step, losses in pending:
-        losses = {name: float(value) for name, value in losses.items()}
-        # a loss scaler skips steps with an overflow in the gradient by itself
-        for name in ("loss",) if config.precision == "fp16" else ("loss", "grad_norm"):
-            if not math.isfinite(losses[name]):
-                raise UserError(f"the {name} is {losses[name]} at step {step}, the last checkpoint is whole: "
-                                f"lower --lr or set --precision fp32, with another --output")
-    seconds = time.perf_counter() - began  # reading the losses has waited for the device
-    rate = totals["tokens"] / seconds
-    bar.set_postfix({name: losses[name] for name in losses if "_loss" in name} | {"tokens/s": int(rate)})
-    if dist.get_rank() == 0:
-        write_metrics(config, {"step": step, **losses, "tokens_per_second": rate,
-                               "padding_share": 1 - totals["tokens"] / totals["positions"],
-                               "data_wait_share": totals["waited"] / seconds,
-                               "peak_memory_mb": peak_memory(device)})
 
-# ---- training loop
+# ---- training
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that --precision computes in; `auto` is bfloat16 on devices that have it, else float32."""
-    cuda = device.type == "cuda"
-    native = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
-    auto = torch.bfloat16 if native else torch.float32
-    return {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+# Of flags that are not given: the paper's values for a pre-trained model, and those of a run of
+# minutes for a fresh one.
+PRETRAINED_DEFAULTS = {"max_length": 144, "steps": 80_000, "batch_size": 256, "lr": 3e-4}
+PRETRAINED_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.1, "adam_beta2": 0.999}
+PRETRAINED_DEFAULTS |= {"workers": 1}
+FRESH_DEFAULTS = {"max_length": 64, "steps": 1800, "batch_size": 64, "lr": 2e-3, "workers": 0}
+FRESH_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.03, "adam_beta2": 0.98}
 
-def load_optimizer(config, model, checkpoint: str | None, device):
-    """AdamW (β₂ of RoBERTa) and the loss scaler, as in the checkpoint if any, and what else it holds."""
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix],
-               "weight_decay": config.weight_decay * matrix} for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
-    scaler, state = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), {"step": 0}
-    if checkpoint:
-        state = torch.load(Path(checkpoint, "training_state.pt"), map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    return optimizer, scaler, state
 
-def wrap_ddp(model, batch, device, dtype, compiled: bool = False) -> nn.Module:
-    """The model under DDP, after one backward pass whose gradients are thrown away."""
-    # DDP rebuilds its buckets after the first pass, and a resumed run must sum gradients in the same order
-    model = torch.compile(model, dynamic=True) if compiled else model
-    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss = sum(ddp(batch).values())
-    loss.backward()
-    ddp.zero_grad()
-    return ddp
+def parse_config(argv, kind):
+    """Parse a command line into a dataclass; UserError for an unknown flag or a bad value."""
+    parser = HfArgumentParser(
+        kind, description=kind.__doc__, allow_abbrev=False, exit_on_error=False
+    )
+    options = {"look_for_args_file": False, "return_remaining_strings": True}
+    try:
+        config, unknown = parser.parse_args_into_dataclasses(argv, **options)
+    except (argparse.ArgumentError, ValueError) as error:
+        raise UserError(f"{error} (--help lists the flags)") from error
+    if unknown:
+        raise UserError(f"unknown flag {unknown[0]} (--help lists the flags)")
+    return config
 
-def update(ddp, optimizer, scaler, lr: float):
-    """Clip the gradient to a norm of 1 and take an AdamW step; returns the norm before."""
-    scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return grad_norm
 
-def train_step(ddp, optimizer, scaler, batches: list, sizes: dict, lr: float, weight: float, device, dtype):
-    """One optimizer step; `sizes` are of all processes' batches. Returns its losses and gradient norm."""
-    total = 0.0
-    for i, batch in enumerate(batches):
-        torch.manual_seed(batch["seed"] + 1)  # the dropout, too, is a function of (seed, step, part)
-        with ddp.no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses = ddp(batch.to(device, non_blocking=True))
-            # means over the whole step: a micro-batch counts by its share of the rows, and DDP divides by
-            # the number of processes
-            shares = {name: loss * (batch["sizes"][name] / sizes[name]) for name, loss in losses.items()}
-            loss = sum(share * (weight if name == "bow_loss" else 1.0) for name, share in shares.items())
-            scaler.scale(loss * dist.get_world_size()).backward()
-        total = total + torch.stack([loss, *shares.values()]).detach()
-    dist.all_reduce(total)
-    return dict(zip(["loss", *losses], total)) | {"grad_norm": update(ddp, optimizer, scaler, lr)}
+def complete_config(config):
+    """Fill in the flags that were not given, and return them; UserError for impossible values."""
+    table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PRETRAINED_DEFAULTS
+    table = table | {"warmup_steps": (config.steps or table["steps"]) // 20}
+    filled = {name: value for name, value in table.items() if getattr(config, name) is None}
+    vars(config).update(filled)
+    least = {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0}
+    for name, value in vars(config).items():
+        lowest = least.get(name, 0 if isinstance(value, float) else 1)
+        if type(value) in (int, float) and not lowest <= value < math.inf:
+            raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {config.mask_ratio} must lie between 0 and 1")
+    if config.warmup_steps >= config.steps:
+        raise UserError(f"--warmup_steps {config.warmup_steps} is not below --steps {config.steps}")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % (config.micro_batch_size * world_size):
+        multiple = f"--micro_batch_size {config.micro_batch_size} x {world_size} processes"
+        raise UserError(f"--batch_size {config.batch_size} is no multiple of {multiple}")
+    return filled
 
-def start_loader(config: Config, tokenizer, device, state: dict, kind: type = PretrainingStream):
-    """This process's micro-batches from a checkpoint on: those of the first step, and an iterator of all."""
-    share = config.parts // dist.get_world_size()
-    parts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    stream = kind(config, tokenizer, parts, state.get("positions", {}), state["step"] + 1)
-    loader = iter(torch.utils.data.DataLoader(
-        stream, batch_size=None, num_workers=config.workers and math.gcd(config.workers, share),
-        pin_memory=device.type == "cuda", worker_init_fn=leave_signals))
-    head = together(list, islice(loader, share))  # data that is bad at once ends all
-    return head, chain(head, loader)
 
-def next_batches(config: Config, loader) -> tuple[list[BatchEncoding], dict, Counter]:
-    """This process's share of a step; over all processes, the rows behind each loss, and the tokens."""
-    began = time.perf_counter()
-    batches = together(list, islice(loader, config.parts // dist.get_world_size()))
-    waited = time.perf_counter() - began
-    counts = [[b["tokens"], b["input_ids"].numel(), *b["sizes"].values()] for b in batches]
-    tokens, positions, *sizes = agree(numbers=np.sum(counts, axis=0))
-    counts = Counter(tokens=tokens, positions=positions, waited=waited)
-    return batches, dict(zip(batches[0]["sizes"], sizes)), counts
+def init_distributed():
+    """Join the processes of torchrun, or be a group of one; returns the device of this process."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise UserError(f"RANK is set but {missing[0]} is not: use torchrun, or unset RANK")
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"no GPU for process {device.index}: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if missing else {}
+    # The first process may read or search for hours while the others wait.
+    dist.init_process_group(backend, timeout=timedelta(days=7), **alone)
+    return device
 
-def run_steps(config, device, step: int, do_step, save, evaluation=None) -> None:
-    """Take the steps after `step`, with bar, logs, evaluations and checkpoints; at a signal save and exit.
 
-    do_step(step) returns losses by name and a Counter of tokens, positions and seconds waited for data;
-    save(step) writes a checkpoint; evaluation(step) logs.
-    """
-    stops, leaving, pending, totals, began = [], 0, [], Counter(), time.perf_counter()
-    before = {number: signal.signal(number, lambda number, frame: stops.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
-    bar = tqdm(total=config.steps, initial=step, unit="step", disable=dist.get_rank() > 0)
-    while step < config.steps and not leaving:
-        step += 1
-        losses, counts = do_step(step)
-        (leaving,) = agree(numbers=[len(stops)])  # signals, of all processes
-        pending.append((step, losses))
-        totals.update(counts)
-        bar.update()
-        saves = leaving or step == config.steps or step % config.save_every == 0
-        evaluates = evaluation and (step == config.steps or step % config.eval_every == 0)
-        if saves or evaluates or step % config.log_every == 0:
-            together(log_steps, config, device, bar, pending, totals, began)
-            if evaluates:
-                together(evaluation, step, first=True)
-            if saves:
-                save(step)
-            pending, totals, began = [], Counter(), time.perf_counter()  # the rate is of training alone
-    bar.close()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if step < config.steps:
+def compute_dtype(precision, device):
+    """The type that --precision computes in; `auto` is bfloat16 where the device has it."""
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    elif precision == "auto":
+        precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def build_optimizer(config, model):
+    """AdamW, without weight decay on the vectors among the weights: biases and LayerNorm."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    betas, decay = (0.9, config.adam_beta2), config.weight_decay
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=decay, fused=True)
+
+
+def cosine(first, last, progress):
+    """From first at progress 0 to last at progress 1, along half a cosine."""
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rate(config, step):
+    """The learning rate of an optimizer step, 1 to --steps: linear warm-up, then a cosine."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return cosine(config.lr, config.lr * config.lr_final_ratio, progress)
+
+
+def sum_over_processes(values):
+    """The sums over all processes of {name: number}, as Python floats."""
+    sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist(), strict=True))
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C while it is open, so that a run can save; a second one ends it."""
+
+    def __enter__(self):
+        self.received, self.time = 0, math.inf
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.handlers = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def note(self, number, frame):
+        """Handle a signal; one within two seconds is the same, handed on by torchrun."""
+        if time.monotonic() > self.time + 2:
+            sys.exit(128 + number)
+        self.received, self.time = number, time.monotonic()
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def prepare_data(config):
+    """The files of --data, the texts at its start, and the share of all texts to hold out."""
+    if config.data == "python-docs":
+        print_once("building the corpus, or reading it from the cache")
+        if dist.get_rank() > 0:
+            dist.barrier()  # until the first process has filled the cache
+        python_docs()
         if dist.get_rank() == 0:
-            print(f"stopped by a signal, saved after step {step}: the same command resumes", file=sys.stderr)
-        agree()  # wait until it is out: at the first exit torchrun ends the other processes
-        sys.exit(128 + signal.SIGTERM)
+            dist.barrier()
+    files = list_files(config.data)
+    if len(files) > 1:
+        print_once(f"reading {len(files)} files of {config.data}, from {files[0]} to {files[-1]}")
+    return files, *sample_texts(config, files)
 
-def train(config: Config, device: torch.device) -> None:
-    """Pre-train to --steps, from the newest checkpoint or from the start; the model is left in --output."""
-    world_size, dtype = dist.get_world_size(), compute_dtype(config.precision, device)
-    checkpoint = together(find_checkpoint, config, first=True)
-    source = checkpoint or config.model
-    tokenizer = together(load_tokenizer, source, config, first=True)
-    lm = together(load_lm, source, tokenizer, config.max_length, config.seed)
-    model = BowMAE(lm, config, special_table(tokenizer, lm.config.vocab_size)).to(device).train()
-    optimizer, scaler, state = load_optimizer(config, model, checkpoint, device)
+
+def prepare_model(config, checkpoint, texts, device):
+    """The tokenizer and model of a checkpoint or of --model, or new ones of this seed."""
+    torch.manual_seed(config.seed)
+    if checkpoint is None and config.model in FRESH_MODELS:
+        print_once(f"learning the vocabulary of {len(texts):,} texts")
+        tokenizer = learn_tokenizer(config, texts)
+        lm = fresh_lm(config, tokenizer)
+    else:
+        source, dtype = checkpoint or config.model, compute_dtype(config.precision, device)
+        tokenizer = load_tokenizer(source)
+        lm = load_masked_lm(source, tokenizer, config.max_length, dtype)
+    if config.max_length <= 128 and not torch.cuda.is_available():
+        lm.set_attn_implementation("eager")  # faster: a CPU's fused attention is slow backward
+    special = special_ids(tokenizer, lm.config.vocab_size)
+    model = BowMAE(lm, special, config.objective, config.max_length)
+    return tokenizer, model.to(device).train()
+
+
+def wrap_ddp(model, compiles=False):
+    """The model under DistributedDataParallel, which averages the gradients of the processes."""
+    module = torch.compile(model, dynamic=True) if compiles else model
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the new name of broadcast_buffers is of one version only
+        return nn.parallel.DistributedDataParallel(module, **options)
+
+
+def held_out_batches(config, tokenizer, texts, share):
+    """The first 1,024 sequences of the held-out texts, in batches of like length, masked once."""
+    texts = [text for text in texts if text_hash(text) < share]
+    sequences = cut_sequences(texts, tokenizer, config.max_length)[:1024]
+    sequences.sort(key=lambda sequence: len(sequence[0]))
+    batches = [sequences[start : start + 64] for start in range(0, len(sequences), 64)]
+    return [collate(batch, tokenizer, config.mask_ratio, i) for i, batch in enumerate(batches)]
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, autocast):
+    """Held-out masked-LM loss, bag-of-word loss and term coverage, means over all their rows."""
+    model.eval()
+    sums = Counter()
+    for batch in batches:
+        batch = batch.to(device)
+        original_ids = batch["original_ids"]
+        with autocast:
+            mlm_loss = model(**batch)["mlm_loss"]
+            masked_cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]
+            bow = bow_loss(mlm_head(model.lm, masked_cls), original_ids, model.special)
+            cls = model.encode(original_ids, batch["attention_mask"])[:, 0]  # of the unmasked text
+            coverage = term_coverage(mlm_head(model.lm, cls), original_ids, model.special)
+        sums["masked"] += len(batch["masked_positions"])
+        sums["sequences"] += len(original_ids)
+        sums["mlm_loss"] += float(mlm_loss) * len(batch["masked_positions"])
+        sums["bow_loss"] += float(bow) * len(original_ids)
+        sums["coverage"] += float(coverage.sum())
+    model.train()
+    metrics = {"eval_mlm_loss": sums["mlm_loss"] / sums["masked"]}
+    metrics["eval_bow_loss"] = sums["bow_loss"] / sums["sequences"]
+    metrics["eval_term_coverage"] = sums["coverage"] / sums["sequences"]
+    return metrics
+
+
+def check_finite(config, record):
+    """UserError where a loss, or the norm of a gradient, is not finite."""
+    for name, value in record.items():
+        # The scaler of fp16 skips steps whose gradient overflows.
+        if not math.isfinite(value) and (name, config.precision) != ("grad_norm", "fp16"):
+            message = f"{name} is {value} at step {record['step']}, the last checkpoint is whole"
+            raise UserError(f"{message}: lower --lr or set --precision fp32, with a new --output")
+
+
+def print_start(config, filled, model, dtype, device, last_step):
+    """Tell which flags were filled in, what is trained, and from where a run resumes."""
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print_once(f"not given: {' '.join(f'--{name} {value}' for name, value in filled.items())}")
+    print_once(
+        f"{config.objective}: {millions:.2f} M parameters, {config.steps:,} steps of "
+        f"{config.num_shards} x {config.micro_batch_size} sequences of up to {config.max_length} "
+        f"tokens, {dist.get_world_size()} process(es), {device}, {dtype}, output {config.output}"
+    )
+    if last_step == config.steps:
+        print_once(f"this run is finished: {last_step} steps")
+    elif last_step:
+        print_once(f"resuming from step {last_step}")
+
+
+def show_progress(bar, record):
+    """Show the losses, the rate and the epoch of a log line in the progress bar."""
+    shown = [f"{name} {value:.3f}" for name, value in record.items() if name.endswith("_loss")]
+    shown += [f"{record['tokens_per_second']:,.0f} tokens/s", f"epoch {record['epoch']}"]
+    bar.set_postfix_str(", ".join(shown))
+
+
+def print_results(config):
+    """Print the held-out metrics before and after training, and where the model is."""
+    lines = Path(config.output, "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
+    if records:
+        rows = {"before": records[0], "after": records[-1]}
+        for row in rows:
+            rows[row] = {name.removeprefix("eval_"): value for name, value in rows[row].items()}
+        print_table(rows, ["mlm_loss", "bow_loss", "term_coverage"], "held-out")
+    print(f"model saved in {config.output}", flush=True)
+
+
+def train(config, filled, device):
+    """Pre-train to --steps, from the newest checkpoint or the start; the model ends in --output."""
+    # Output, checkpoint and data.
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    lock = prepare_output(config) if rank == 0 else None
+    checkpoint, state = load_checkpoint(config)
+    files, texts, held_out_share = prepare_data(config)
+    file_sizes = {file: os.path.getsize(file) for file in files}
+    for file, _ in set(file_sizes.items()) ^ set(state.get("file_sizes", file_sizes).items()):
+        print_once(f"warning: --data has changed since the checkpoint: {file}")
+
+    # Model, optimizer and loader.
+    tokenizer, model = prepare_model(config, checkpoint, texts, device)
+    optimizer = build_optimizer(config, model)
+    dtype = compute_dtype(config.precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
         model.decoder.load_state_dict(state["decoder"])
-    head, loader = start_loader(config, tokenizer, device, state)
-    held_out, positions = together(held_out_batches, config, tokenizer, first=True), {}
-    ddp = wrap_ddp(model, head[0].to(device), device, dtype, config.compile)
-    logged = together(write_run, config, device, state.get("logged", 0), first=True)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    ddp = wrap_ddp(model, config.compile)
+    loader = make_loader(config, tokenizer, files, held_out_share, state, device)
+    held_out = held_out_batches(config, tokenizer, texts, held_out_share)
+    del texts
 
-    def _step(step):
-        batches, sizes, counts = next_batches(config, loader)
-        positions.update({batch["part"]: batch["position"] for batch in batches})
-        lr = learning_rate(config, step)
-        weight = cosine(config.bow_weight, config.bow_weight_final, step / config.steps)  # λ
-        losses = train_step(ddp, optimizer, scaler, batches, sizes, lr, weight, device, dtype)
-        return losses | {"bow_weight": weight, "lr": lr}, counts
+    last_step = state.get("step", 0)
+    print_start(config, filled, model, dtype, device, last_step)
+    if rank == 0:
+        start_logs(config, device, state.get("log_size", 0))
+    if rank == 0 and held_out and not checkpoint:
+        append_metrics(config, {"step": 0} | evaluate(model, held_out, device, autocast))
 
-    def _evaluate(step):
-        write_metrics(config, {"step": step} | evaluate(model, held_out, device))
+    num_micro_batches = config.num_shards // world_size
+    positions = {}  # from which the shards of this process resume
+    counts = Counter()  # since the last line of the log
+    start = time.perf_counter()
+    stops = False
+    bar = tqdm(total=config.steps, initial=last_step, unit="step", disable=rank > 0)
+    with StopSignal() as stop_signal, contextlib.closing(loader), bar:
+        for step in range(last_step + 1, config.steps + 1):
+            # Forward and backward, over this process's micro-batches of the step.
+            bow_weight = cosine(config.bow_weight, config.bow_weight_final, step / config.steps)
+            step_losses = defaultdict(float)
+            for index in range(num_micro_batches):
+                wait_start = time.perf_counter()
+                info, batch = next(loader)
+                positions[info["shard"]] = info["position"]
+                counts["wait_seconds"] += time.perf_counter() - wait_start
+                counts["tokens"] += info["num_tokens"]
+                counts["padded_tokens"] += batch["input_ids"].numel()
 
-    def _save(step):
-        everyone = [None] * world_size
-        dist.all_gather_object(everyone, positions)
-        together(save_checkpoint, config, lm, tokenizer, {
-            "step": step, "positions": {part: at for some in everyone for part, at in some.items()},
-            "decoder": model.decoder.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict()}, config.max_length, first=True)
+                torch.manual_seed(info["seed"])  # for dropout: of (seed, step, shard) alone
+                ddp.require_backward_grad_sync = index == num_micro_batches - 1
+                with autocast:
+                    losses = ddp(**batch.to(device))
+                loss = losses["mlm_loss"]
+                if config.objective == "bow":
+                    loss = loss + bow_weight * losses["bow_loss"]
+                if config.objective == "enhanced":
+                    loss = loss + losses["enhanced_loss"]
+                scaler.scale(loss / num_micro_batches).backward()
+                for name, value in {"loss": loss, **losses}.items():
+                    step_losses[name] += value.detach() / num_micro_batches
 
-    if dist.get_rank() == 0:
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        print(f"{config.objective}: {millions:.2f} M parameters | {config.batch_size} windows a step = "
-              f"{config.parts} x {config.micro_batch_size} on {world_size} process(es) | {config.steps} "
-              f"steps of up to {config.batch_size * config.max_length:,} tokens | {device}, {dtype} | "
-              f"{sum(len(batch['input_ids']) for batch in held_out)} windows held out", flush=True)
-    if held_out and not logged:
-        together(_evaluate, state["step"], first=True)
-    run_steps(config, device, state["step"], _step, _save, _evaluate if held_out else None)
-    together(finish, config, first=True)
+            # Update the weights.
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            lr = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            bar.update()
 
-def finish(config) -> None:
-    """Put the model of the last checkpoint into --output, and print the held-out metrics before and after."""
-    output, ours = Path(config.output), shutil.ignore_patterns("trainer_state.json", "training_state.pt")
-    with blame(f"--output: the model cannot be written to {output}; fix that and give the command again"):
-        newest = (list_checkpoints(output) or [config.resume])[0]  # else no step was taken here
-        shutil.copytree(newest, output, ignore=ours, dirs_exist_ok=True)
-        rows = [json.loads(line) for line in (output / "metrics.jsonl").open() if '"eval_' in line]
-    if rows:
-        print_table({name[5:]: {"before": value, "after": rows[-1][name]} for name, value in rows[0].items()
-                     if name != "step"}, ["before", "after"], "held-out")
-    print(f"model saved in {output}")
+            is_last = step == config.steps
+            saves = is_last or step % config.save_every == 0
+            evaluates = is_last or step % config.eval_every == 0
+            if not (saves or evaluates or step % config.log_every == 0):
+                continue
+
+            # Log the losses of this step, and the rates since the last line.
+            sums = sum_over_processes({**step_losses, **counts, "stops": stop_signal.received > 0})
+            seconds = time.perf_counter() - start  # to read the losses has waited for the device
+            record = {"step": step, "epoch": info["position"][0]}
+            record |= {name: sums[name] / world_size for name in step_losses}
+            record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
+            record["tokens_per_second"] = sums["tokens"] / seconds
+            record["padding_share"] = 1 - sums["tokens"] / sums["padded_tokens"]
+            record["data_wait_share"] = sums["wait_seconds"] / world_size / seconds
+            record["peak_memory_mb"] = peak_memory_mb(device)
+            check_finite(config, record)
+            show_progress(bar, record)
+            if rank == 0:
+                append_metrics(config, record)
+
+            # Evaluate.
+            if evaluates and held_out and rank == 0:
+                record = {"step": step} | evaluate(model, held_out, device, autocast)
+                check_finite(config, record)
+                append_metrics(config, record)
+
+            # Save.
+            stops = sums["stops"] > 0
+            if saves or stops:
+                all_positions = [None] * world_size
+                dist.all_gather_object(all_positions, positions)
+                state = {"step": step, "positions": dict(ChainMap(*all_positions))}
+                state |= {"file_sizes": file_sizes, "decoder": model.decoder.state_dict()}
+                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                if rank == 0:
+                    save_checkpoint(config, state, model.lm, tokenizer, config.max_length)
+            if stops:
+                break
+            counts.clear()
+            start = time.perf_counter()
+
+    # End.
+    if stops:
+        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
+    elif rank == 0:
+        finish_output(config)
+        print_results(config)
+    dist.barrier()  # at the first exit torchrun ends the others
+    del lock  # --output is free
+    if stops:
+        sys.exit(128 + (stop_signal.received or signal.SIGTERM))
+
 
 # ---- benchmark
 
-class PaperMAE(BowMAE):
-    """For --bench alone: `bow` at the cost of the paper's code, with vocabulary logits at every position."""
 
-    def forward(self, batch: BatchEncoding, objective: str | None = None) -> dict:
-        """The losses of BowMAE, by name."""
-        input_ids, chosen = batch["input_ids"], batch["chosen"]
-        labels = torch.full_like(input_ids, -100).flatten()                            # (B·L,)
-        labels[chosen] = input_ids.flatten()[chosen]
-        hidden = self.encode(batch["masked_ids"], batch["attention_mask"])             # (B, L, D)
-        logits = mlm_head(self.lm, hidden).float()                                     # (B, L, V)
-        return {"mlm_loss": F.cross_entropy(logits.flatten(0, 1), labels),
-                "bow_loss": bow_loss(logits[:, 0], input_ids, self.special)}
+def bench(config, device):
+    """Train the objectives by turns on the same batches, and print what each of them costs.
 
-class PaperStream(PretrainingStream):
-    """For --bench alone: random batches, padded to their longest, as the paper's code makes them."""
-
-    def cut_block(self, texts: list[str], rng: np.random.Generator) -> list[list[list[int]]]:
-        """The windows of PretrainingStream in batches of any lengths."""
-        batches = super().cut_block(texts, rng)
-        rng.shuffle(windows := list(chain(*batches)))
-        return [windows[i :: len(batches)] for i in range(len(batches))]
-
-def loader_rate(config: Config, tokenizer) -> float:
-    """Tokens a second of one loader process, over two blocks of texts."""
-    stream, marks, tokens = PretrainingStream(config, tokenizer, [0], {}, 1), [], 0
-    for batch in torch.utils.data.DataLoader(stream, None, num_workers=1, worker_init_fn=leave_signals):
-        if batch["position"][2] == 1:  # a block begins
-            marks.append((time.perf_counter(), tokens))
-        if len(marks) == 4:
-            return (tokens - marks[1][1]) / (marks[3][0] - marks[1][0])
-        tokens += batch["tokens"]
-
-def model_flops(config: Config, model: BowMAE, totals: Counter) -> float:
-    """Operations that training on so many tokens, windows and rows of logits needs; padding does not count.
-
-    6 for a weight (2 forward, 4 backward): one of the encoder, and of a decoder, for each token, one of the
-    head for each row; in attention 12 · width · mean length for each layer and token, as if all was global.
+    Ten rounds of four steps, the first two uncounted, back and forth so that no objective always
+    comes first. Medians, and for the ratio to `mlm` in the same round the extremes too. Memory: on
+    a GPU, what four steps take beyond the weights; else the peak of the process so far.
     """
-    lm = model.lm
-    weights = [*lm.base_model.named_parameters(), *model.decoder.named_parameters()]
-    matrices = sum(w.numel() for name, w in weights if w.ndim == 2 and not re.search("embed|positions", name))
-    width, layers = lm.config.hidden_size, lm.config.num_hidden_layers + (config.objective == "enhanced")
-    return 6 * totals["rows"] * width * (width + lm.config.vocab_size) + totals["tokens"] * (
-        6 * matrices + 12 * layers * width * totals["tokens"] / totals["windows"])
+    dtype = compute_dtype(config.precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    files, texts, _ = prepare_data(config)
+    runs = {}
+    for objective in ("mlm", "bow", "enhanced"):
+        own_config = replace(config, objective=objective)
+        tokenizer, model = prepare_model(own_config, None, texts, device)
+        runs[objective] = (wrap_ddp(model, config.compile), build_optimizer(config, model))
+    loader = make_loader(config, tokenizer, files, 0.0, {}, device)
+    share = config.num_shards // dist.get_world_size()
+    micro_batches = [next(loader) for _ in range(4 * share)]
 
-def bench_turn(config: Config, ddp, loader, optimizer, scaler, device, dtype) -> dict:
-    """What four steps cost, over all processes, after two that do not count."""
-    steps = []
+    results = {objective: [] for objective in runs}
+    for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
+        for objective in list(runs)[:: (-1) ** turn]:
+            results[objective].append(
+                bench_steps(*runs[objective], micro_batches, device, autocast)
+            )
+    tokens = sum_over_processes({"tokens": sum(info["num_tokens"] for info, _ in micro_batches)})
+    rows = {}
+    for objective in runs:
+        seconds, memory = np.array(results[objective][2:]).T
+        ratios = np.array(results["mlm"][2:])[:, 0] / seconds
+        rows[objective] = {"samples/s": 4 * config.batch_size / np.median(seconds)}
+        rows[objective]["tokens/s"] = tokens["tokens"] / np.median(seconds)
+        rows[objective] |= {"x mlm": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
+        rows[objective]["peak MB"] = memory.max()
+    if dist.get_rank() == 0:
+        print_table(rows, list(rows["mlm"]), f"{device}, {dtype}")
 
-    def _step():
-        batches, sizes, counts = next_batches(config, loader)
-        losses = train_step(ddp, optimizer, scaler, batches, sizes, config.lr, config.bow_weight, device,
-                            dtype)
-        rows = sum(sizes.get(name, 0) for name in losses)
-        steps.append(counts + Counter(windows=sizes["bow_loss"], rows=rows))
 
+def bench_steps(ddp, optimizer, micro_batches, device, autocast):
+    """Seconds, and peak memory in MB, of four optimizer steps over micro_batches."""
+    memory = 0.0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():  # Linux forgets the peak so far
-        Path("/proc/self/clear_refs").write_text("5")
-    timer = torch.utils.benchmark.Timer("step()", globals={"step": _step},
-                                        num_threads=torch.get_num_threads())
-    seconds = 4 * timer.timeit(4).mean  # takes two steps more before, and waits for the device
-    totals = sum(steps[-4:], Counter())
-    return {"samples/s": totals["windows"] / seconds, "tokens/s": totals["tokens"] / seconds,
-            "waiting": totals["waited"] / seconds, "MB": peak_memory(device),
-            "FLOP/s": model_flops(config, ddp.module, totals) / seconds}
+        memory = peak_memory_mb(device)
+    start = time.perf_counter()
+    for index, (_, batch) in enumerate(micro_batches, 1):
+        ddp.require_backward_grad_sync = index % (len(micro_batches) // 4) == 0
+        with autocast:
+            losses = ddp(**batch.to(device))
+        sum(losses.values()).backward()
+        if ddp.require_backward_grad_sync:
+            nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    float(sum(losses.values()))  # waits for the device
+    return time.perf_counter() - start, peak_memory_mb(device) - memory
 
-def bench(config: Config, device: torch.device) -> None:
-    """Train the objectives by turns on the same texts, for ten rounds, and print what each costs.
 
-    `paper` is `bow` as the paper's code computes it. The first two rounds are not counted; the table has the
-    medians of the others, and of the ratio to `mlm` in the same round the extremes too. MB is the peak of a
-    process, less what the other rows keep; MFU is the share of the rate of large matrix products that the
-    model needs; waiting is that of the first process. It needs more memory than training does.
+# ---- command line
+
+EXPECTED_ERRORS = (UserError, OSError, DatasetsError, ArrowException)
+
+
+def run_command(command, *arguments):
+    """Run a command. An error that a user can mend becomes one line and exit code 2.
+
+    Under torchrun, the first process tells such an error at once; all else waits before it is
+    told, as torchrun then ends the others: what all have met, or a lost peer, is not told again.
     """
-    dtype, runs, kept = compute_dtype(config.precision, device), {}, {}
-    torch._dynamo.config.recompile_limit = 64  # all objectives share one forward
-    tokenizer = together(load_tokenizer, config.model, config, first=True)
-    for name in ("mlm", "bow", "enhanced", "paper"):
-        kinds = (PaperMAE, PaperStream) if name == "paper" else (BowMAE, PretrainingStream)
-        own = replace(config, objective="bow" if name == "paper" else name)
-        lm = together(load_lm, config.model, tokenizer, config.max_length, config.seed)
-        model = kinds[0](lm, own, special_table(tokenizer, lm.config.vocab_size)).to(device).train()
-        head, loader = start_loader(own, tokenizer, device, {"step": 0}, kinds[1])
-        ddp = wrap_ddp(model, head[0].to(device), device, dtype, config.compile)
-        runs[name] = own, ddp, loader, *load_optimizer(own, model, None, device)[:2], device, dtype
-        kept[name] = 4 * 4 * sum(weight.numel() for weight in model.parameters()) / 2**20  # AdamW's two, too
-    # back and forth, so that `mlm` and `bow` have like turns before them: after `paper` all is slower
-    rounds = [{name: bench_turn(*runs[name]) for name in list(runs)[:: (-1) ** turn]}
-              for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0)][2:]
-    matrix = torch.randn(2 * (8192 if device.type == "cuda" else 1024,), device=device).to(dtype)
-    timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix},
-                                        num_threads=torch.get_num_threads())
-    dense, report = 2 * len(matrix) ** 3 / timer.timeit(20).median * dist.get_world_size(), {}
-    for name in runs:
-        turns = [turn[name] for turn in rounds]
-        row = report[name] = {key: float(np.median([turn[key] for turn in turns])) for key in turns[0]}
-        ratios = [turn["tokens/s"] / other["mlm"]["tokens/s"] for turn, other in zip(turns, rounds)]
-        row |= {"x mlm": float(np.median(ratios)), "least": min(ratios), "most": max(ratios)}
-        row |= {"MB": max(turn["MB"] for turn in turns) - sum(kept.values()) + kept[name],
-                "MFU": row.pop("FLOP/s") / dense}
-    together(print_bench, config, device, tokenizer, report, dense, first=True)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()
+    shows_bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        command(*arguments)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # frees the loader, so that its processes end
+        is_expected = isinstance(error, EXPECTED_ERRORS)
+        if world_size > 1 and (rank > 0 or not is_expected):
+            time.sleep(5)
+        if not is_expected:
+            raise
+        # The message of a loader process has its traceback before it.
+        message = str(error).split("UserError: ")[-1].strip()
+        print(f"error: {message.splitlines()[0]}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shows_bars:
+            transformers.logging.enable_progress_bar()
+        if world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
-def print_bench(config: Config, device: torch.device, tokenizer, report: dict, dense: float) -> None:
-    """Print what `bench` measured and the rate of a loader process, and write them beside --output."""
-    columns = ["samples/s", "tokens/s", "x mlm", "least", "most", "MB", "waiting", "MFU"]
-    print_table(report, columns)
-    path, loader = Path(f"{Path(config.output)}.bench.json"), loader_rate(config, tokenizer)
-    print(f"one loader process: {loader:,.0f} tokens/s | {device}, {dist.get_world_size()} process(es): "
-          f"{dense / 1e9:,.0f} GFLOP/s | in {path}")
-    with blame(f"--output: {path} cannot be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"rows": report, "loader_tokens_per_second": loader, "dense_flops": dense,
-                          "world_size": dist.get_world_size(), "device": str(device),
-                          "config": asdict(config)})
 
-def main(argv: list[str] | None = None) -> None:
-    """Pre-train with the flags of a command line; exits with 2 and one line on an error the user can fix."""
-    with process_group() as device:
-        config = together(parse_config, argv)
-        (bench if config.bench else train)(config, device)
+def pretrain(argv):
+    """Train or measure, as the flags say."""
+    config = parse_config(argv, Config)
+    filled = complete_config(config)
+    device = init_distributed()
+    if config.bench:
+        bench(config, device)
+    else:
+        train(config, filled, device)
+
+
+def main(argv=None):
+    """Pre-train with the flags of a command line."""
+    run_command(pretrain, argv)
+
 
 if __name__ == "__main__":
     main()
-    leave()
+    # All work is done. Threads that gloo leaves behind would abort some exits of Python.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Fine-tune, search and evaluate a dense retriever that `bow_mae.py` has pre-trained (arXiv 2401.11248, §4).
+"""Evaluate, fine-tune and search with dense retrievers (arXiv 2401.11248, section 4).
 
-The two-stage recipe of the paper on the documentation of the installed Python packages, and a table:
+The paper's recipe on the documentation of the installed Python packages, after `bow_mae.py`:
     torchrun eval_retrieval.py
-Its steps one by one; --data is a BEIR folder or hub name, or a folder with the .tsv files of MS MARCO:
-    torchrun eval_retrieval.py evaluate --data beir/nfcorpus --model out/bow_mae --output out/nfcorpus
-    torchrun eval_retrieval.py mine     --data msmarco --model bm25 --output out/mined
-    torchrun eval_retrieval.py finetune --data msmarco --negatives_file out/mined/negatives.jsonl
-    python eval_retrieval.py search "how to read a csv file" --output out/retrieval/zero_shot
-    python eval_retrieval.py explain "Read a comma-separated values (csv) file." --model out/bow_mae
-Copy it together with bow_mae.py; it needs torch, transformers, datasets, faiss-cpu and numpy.
+Its steps, one by one; `COMMAND --help` lists the flags of each:
+    torchrun eval_retrieval.py evaluate --data beir/scifact --output out/scifact
+    torchrun eval_retrieval.py mine --data msmarco --model bm25 --output out/bm25
+    torchrun eval_retrieval.py finetune --data msmarco --negatives_file out/bm25/negatives.jsonl
+    torchrun eval_retrieval.py index --data msmarco --model out/retrieval --output out/index
+    python eval_retrieval.py search "how to read a csv file" --output out/index
+    python eval_retrieval.py explain "Read a comma-separated values file."
+
+Reading order: a task is read, its texts are encoded and searched, the ranking is measured;
+`finetune` trains the encoder, and `mine` finds its hard negatives.
 """
 
-import contextlib
+import ast
+import csv
 import gzip
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import shutil
@@ -25,776 +31,1341 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
-from itertools import groupby, islice, takewhile
+from copy import copy
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import datasets
 import faiss
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
+from transformers import AutoModelForMaskedLM
 from transformers.hf_argparser import HfArg
+from transformers.utils import cached_file
 
 import bow_mae
-from bow_mae import UserError, blame, together
+from bow_mae import UserError, print_once
+
 
 @dataclass
 class RetrievalConfig:
-    """Commands: evaluate, mine, finetune, search TEXT, explain TEXT; without one, the whole recipe."""
+    """Every flag of every command; which command has which stands below."""
 
-    data: str = HfArg(default="python-docs", help="python-docs, BEIR folder or hub name, MS MARCO folder")
-    split: str = HfArg(default="test", help="split whose queries are evaluated")
-    train_split: str = HfArg(default="train", help="split whose queries are fine-tuned on or mined for")
-    train_data: str = HfArg(default="", help="a Tevatron .jsonl to fine-tune on, instead of --data")
-    model: str = HfArg(default="out/bow_mae", help="masked LM (folder, hub name), or bm25")
+    # Data and encoder.
+    data: str = HfArg(default="python-docs", help="python-docs, folder, or BEIR name on the hub")
+    model: str = HfArg(default="out/bow_mae", help="encoder (folder, hub name), or bm25")
     output: str = HfArg(default="out/retrieval", help="folder of all that is written")
-    index: str = HfArg(default="Flat", help="a faiss.index_factory string: SQfp16, IVF1024,Flat, HNSW32 ...")
-    top_k: int = HfArg(default=1000, help="passages in the run file for each query")
+    pooling: Literal["auto", "cls", "mean"] = HfArg(default="auto", help="auto: as its files say")
+    similarity: Literal["auto", "dot", "cos"] = HfArg(default="auto", help="auto: as they say")
+    query_prefix: str = HfArg(default="", help="text before each query, such as 'query: '")
+    passage_prefix: str = HfArg(default="", help="text before each passage")
     max_query_length: int = HfArg(default=32, help="tokens of a query")
-    max_passage_length: int = HfArg(default=96, help="tokens of a passage")
-    similarity: Literal["dot", "cos"] = HfArg(default="dot", help="between two [CLS] vectors")
-    relevance_level: int = HfArg(default=1, help="lowest relevant grade; nDCG always uses the grades")
-    keep_identical_ids: bool = HfArg(default=False, help="keep a passage whose id is that of its query")
-    compare: str = HfArg(default="", help="TREC run file to compare with, by a permutation test")
+    max_passage_length: int | None = HfArg(default=None, help="tokens of a passage")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="of autocast")
+    seed: int = HfArg(default=0, help="of everything that is drawn")
+    # Search and evaluation.
+    index: str = HfArg(default="Flat", help="of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
+    split: str = HfArg(default="test", help="split that is evaluated")
+    top_k: int = HfArg(default=1000, help="passages of a query; no metric is cut deeper")
+    relevance_level: int = HfArg(default=1, help="lowest relevant grade; nDCG uses all grades")
+    keep_identical_ids: bool = HfArg(default=False, help="keep a passage with its query's id")
+    compare: str = HfArg(default="", help="TREC run file, for a paired permutation test")
+    # Mining.
+    train_split: str = HfArg(default="train", help="split that is trained on, or mined for")
     depth: list[int] = HfArg(default_factory=lambda: [2, 200], help="first and last rank to mine")
-    sample: int = HfArg(default=128, help="negatives drawn per query from these ranks")
-    max_positive_ratio: float = HfArg(default=0.0, help="drop those above it x the positive's score")
-    negatives_file: str = HfArg(default="", help="negatives.jsonl of `mine`; else other queries' positives")
-    negatives: int = HfArg(default=1, help="hard negatives of a query in a batch")
-    temperature: float = HfArg(default=1.0, help="softmax temperature of the contrastive loss")
-    epochs: int = HfArg(default=1, help="passes over the training queries")
-    steps: int = HfArg(default=0, help="optimizer steps; 0: as many as --epochs make")
-    batch_size: int = HfArg(default=64, help="queries in an optimizer step, over all processes")
-    micro_batch_size: int = HfArg(default=32, help="queries encoded together; a step holds them all")
-    lr: float = HfArg(default=5e-4, help="peak learning rate of AdamW")
-    lr_final_ratio: float = HfArg(default=0.1, help="final learning rate over its peak, by a cosine")
-    warmup_steps: int = HfArg(default=50, help="steps of linear warm-up")
-    weight_decay: float = HfArg(default=0.01, help="AdamW weight decay; biases and LayerNorm are exempt")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="auto: bf16 if native")
-    seed: int = HfArg(default=0, help="of the order of the queries, the negatives and the dropout")
-    workers: int = HfArg(default=0, help="data-loader workers per process")
+    sample: int = HfArg(default=128, help="negatives that are drawn from these ranks")
+    # Fine-tuning.
+    train_data: list[str] = HfArg(default_factory=list, help="files of Tevatron or DPR, joined")
+    negatives_file: list[str] = HfArg(default_factory=list, help="files of `mine`, joined")
+    negatives: int | None = HfArg(default=None, help="hard negatives of a query in a step")
+    temperature: float = HfArg(default=1.0, help="of the softmax over passages")
+    epochs: int | None = HfArg(default=None, help="passes over the training queries")
+    steps: int | None = HfArg(default=None, help="optimizer steps; unset: those of --epochs")
+    batch_size: int = HfArg(default=64, help="queries of a step, over all processes")
+    micro_batch_size: int | None = HfArg(default=None, help="queries that are encoded at a time")
+    lr: float | None = HfArg(default=None, help="peak learning rate of AdamW")
+    lr_final_ratio: float = HfArg(default=0.1, help="final learning rate over its peak")
+    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; unset: steps // 20")
+    weight_decay: float | None = HfArg(default=None, help="of AdamW")
+    adam_beta2: float = HfArg(default=0.999, help="β₂ of AdamW")
+    workers: int = HfArg(default=0, help="data-loader processes of each process")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=1, help="how many of the newest checkpoints to keep")
+    keep: int = HfArg(default=1, help="newest checkpoints that are kept")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
-    resume: str = HfArg(default="auto", help="auto (newest complete checkpoint), never, or its folder")
 
-    def __post_init__(self):
-        if len(self.depth) != 2 or not 1 <= self.depth[0] <= self.depth[1]:
-            raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
-        if not self.temperature:
-            raise UserError("--temperature 0 would divide by zero")
 
-# ---- task formats
+# Of flags that are not given: those of a run of minutes for python-docs, else the paper's values.
+SHORT_DEFAULTS = {"max_passage_length": 96, "negatives": 1, "epochs": 1, "micro_batch_size": 64}
+SHORT_DEFAULTS |= {"lr": 5e-4, "weight_decay": 0.01}
+PAPER_DEFAULTS = {"max_passage_length": 144, "negatives": 15, "epochs": 3, "micro_batch_size": 16}
+PAPER_DEFAULTS |= {"lr": 2e-5, "weight_decay": 0.0}
+
+
+# ---- task: passages, queries and judgements
+
 
 @dataclass
 class Task:
-    """Passages, queries of a split, and their judgements. Passages stay on disk; the rest is in memory."""
+    """Passages (on disk), the queries of a split, their judgements and answers (in memory)."""
 
     passages: datasets.Dataset  # _id, text, perhaps title
     rows: dict[str, int]  # the row of each passage id
     queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]  # the grade of each judged passage of each query
-    answers: dict[str, list[str]] = field(default_factory=dict)  # of NQ and TriviaQA
-    same_ids: bool = True  # a passage with the id of a query is its own text, as in BEIR, and is no hit
+    qrels: dict[str, dict[str, int]]  # grades by query id and passage id
+    answers: dict[str, list[str]]  # of NQ and TriviaQA
+    drop_identical: bool  # whether a passage with a query's id is its own text, as in BEIR
 
-    def __getstate__(self):  # the other processes do without the ids, and their memory
-        return self.__dict__ | {"rows": {}}
 
-    def texts(self, rows) -> list[str]:
-        """Title and text of passages, by row."""
-        some = self.passages[list(map(int, rows))]
-        titles = some.get("title", [""] * len(some["text"]))
-        return [f"{title or ''} {text or ''}".strip() for title, text in zip(titles, some["text"])]
+def json_array(file):
+    """Yield the records of a JSON array, a piece of the file at a time: DPR's has 7 GB."""
+    text = ""
+    for piece in iter(lambda: file.read(2**16), ""):
+        text = (text + piece).lstrip("[, \r\n\t")
+        while text.startswith("{"):
+            try:
+                record, end = json.JSONDecoder().raw_decode(text)
+            except ValueError:
+                break  # the record goes on in the next piece
+            yield record
+            text = text[end:].lstrip(", \r\n\t")
+    if text.strip() != "]":
+        raise ValueError("a record is malformed, or the array has no end")
 
-def clean(text: str | None) -> str:
-    """The text, but for halves of surrogate pairs, which no tokenizer takes; null is empty."""
-    return (text or "").encode(errors="replace").decode()
 
-def read_records(path: Path, columns: str = ""):
-    """Yield (line number, record) of a .jsonl(.gz) or .tsv(.gz); without columns, a list of the fields."""
+def dpr_questions(lines):
+    """Yield the records of DPR's files of a question, a tab, and a list of answers in Python."""
+    rows = csv.DictReader(lines, ["text", "answers"], delimiter="\t")
+    for number, row in enumerate(rows):
+        answers = ast.literal_eval(row["answers"])
+        yield {"_id": f"question:{number}", "text": row["text"], "answers": answers}
+
+
+def read_file(path):
+    """Yield (where, record) of JSON lines or a JSON array, (where, fields) of any other file.
+
+    What a file holds shows in its content, not in its name. UserError names the file and line.
+    """
     number = 0
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                line = line.decode("utf-8-sig")
-                if ".jsonl" not in path.name:
-                    tabs = "\t" if columns or "\t" in line else None
-                    fields = line.rstrip("\r\n").split(tabs, len(columns.split()) - 1)  # -1: no limit
-                    yield number, dict(zip(columns.split(), fields)) if columns else fields
-                elif line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError("a record must be an object {...}")
-                    yield number, record
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}{f', line {number}' if number else ''}: {error}") from error
+        with opener(path, "rb") as file:
+            start = file.read(2**16).lstrip().decode("utf-8-sig", errors="ignore")
+            file.seek(0)
+            lines = (line.decode("utf-8-sig") for line in file)
+            if start.startswith("["):
+                records = json_array(io.TextIOWrapper(file, "utf-8-sig"))
+            elif start.startswith("{"):
+                records = (dict(json.loads(line)) if line.strip() else {} for line in lines)
+            elif start.startswith("id\ttext\ttitle"):  # DPR's passages
+                records = csv.DictReader(lines, delimiter="\t")
+            elif ".qa.csv" in path.name:
+                records = dpr_questions(lines)
+            else:
+                separator = "\t" if "\t" in start.split("\n")[0] else None
+                records = (line.rstrip("\r\n").split(separator) for line in lines)
+            for number, record in enumerate(records, 1):
+                if record and record != [""]:
+                    yield f"{path}, line {number}", record
+    except (ValueError, TypeError, SyntaxError, EOFError, csv.Error, zlib.error) as error:
+        raise UserError(f"{path}, line {number + 1}: {error}") from error
 
-def find_file(folder: Path, *names: str) -> Path | None:
-    """The first of these files that is there, as it is or with .gz."""
-    paths = [folder / (name + end) for name in names for end in ("", ".gz")]
-    return next((path for path in paths if path.is_file()), None)
 
-def read_passages(path: str):
-    """Yield the passages of a corpus.jsonl or collection.tsv."""
-    for number, record in read_records(Path(path), "_id text"):
-        passage_id, texts = record.get("_id", record.get("id")), [record.get("title"), record.get("text")]
-        no_text = ".jsonl" not in Path(path).name and "text" not in record
-        if passage_id is None or no_text or not all(isinstance(text, str | None) for text in texts):
-            raise UserError(f"{path}, line {number}: a passage needs an _id and a text")
-        yield {"_id": str(passage_id), "title": clean(texts[0]), "text": clean(texts[1])}
+def find_id(record):
+    """The id of a record, under any of its names, as a text; None if it has none."""
+    for name in ("_id", "id", "docid", "passage_id", "psg_id", "query_id"):
+        if record.get(name) is not None:
+            return str(record[name])
+    return None
 
-def read_queries(path: Path) -> tuple[dict, dict]:
-    """Texts and answers (if any) by query id, of a queries.jsonl or queries.tsv."""
+
+def record_id(record, where):
+    """The id of a record; white space in it would end a field of a TREC file."""
+    name = find_id(record)
+    if name is None or name.split() != [name]:
+        raise UserError(f"{where}: an id without white space is needed, not {name!r}")
+    return name
+
+
+def text_of(record, name, where):
+    """A text of a record, empty where it is null or missing; half a surrogate pair becomes "?"."""
+    value = record.get(name) or ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} is no text")
+    return value.encode(errors="replace").decode()
+
+
+def passage_of(record, where):
+    """Title and text of a passage, of which one may be missing."""
+    if not isinstance(record, dict) or not {"title", "text"} & record.keys():
+        raise UserError(f"{where}: a passage needs a text")
+    return {name: text_of(record, name, where) for name in ("title", "text")}
+
+
+def read_passages(path, size, modified):
+    """Yield _id, title and text of a collection; size and time of the file key the cache."""
+    for where, record in read_file(Path(path)):
+        if isinstance(record, list):  # of MS MARCO; a title column stays a part of the text
+            record = {"_id": record[0], "text": " ".join(record[1:])}
+        yield {"_id": record_id(record, where), **passage_of(record, where)}
+
+
+def cached_dataset(read, path):
+    """What `read` yields from a file, on disk in the cache of `datasets`, which locks it."""
+    stat = path.stat()
+    arguments = {"path": str(path), "size": stat.st_size, "modified": stat.st_mtime_ns}
+    cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
+    try:
+        return datasets.Dataset.from_generator(read, gen_kwargs=arguments, cache_dir=cache)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from error  # a UserError, with the line
+    except ValueError as error:
+        raise UserError(f"{path} has no records") from error
+
+
+def collect_queries(records):
+    """Texts, and answers where there are any, by query id; DPR's questions count from 0."""
     queries, answers = {}, {}
-    for number, record in read_records(path, "_id text"):
-        query_id, text = str(record.get("_id", record.get("id"))), record.get("text", record.get("query"))
-        if query_id == "None" or not isinstance(text, str) or query_id in queries:
-            raise UserError(f"{path}, line {number}: a query needs a unique _id and a text")
-        queries[query_id] = clean(text)
+    for where, record in records:
+        if isinstance(record, list):
+            record = {"_id": record[0], "text": " ".join(record[1:])}
+        query_id = record_id(record, where)
+        if query_id in queries:
+            raise UserError(f"{where}: query {query_id} occurs twice")
+        text = text_of(record, "text", where) or text_of(record, "query", where)
+        if text.strip():
+            queries[query_id] = text
         if record.get("answers"):
-            answers[query_id] = record["answers"]
-            if not isinstance(answers[query_id], list) or {*map(type, answers[query_id])} != {str}:
-                raise UserError(f"{path}, line {number}: answers must be a list of texts")
+            answers[query_id] = list(record["answers"])
     return queries, answers
 
-def read_qrels(path: Path) -> dict:
-    """Grades by query and passage id; lines are query-id, (TREC's iteration,) passage-id, grade."""
+
+def collect_qrels(judgements):
+    """Grades by query and passage id; TREC has its iteration between a query and a passage."""
     qrels = defaultdict(dict)
-    for number, fields in read_records(path):
-        if number == 1 and fields[-1:] == ["score"] or not fields:
+    for where, values in judgements:
+        if values[-1] == "score":  # BEIR's header
             continue
-        if len(fields) not in (3, 4) or not re.fullmatch(r" *-?\d+ *", fields[-1]):
-            raise UserError(f"{path}, line {number}: expected query-id, passage-id and an integer grade")
-        qrels[fields[0]][fields[-2]] = int(fields[-1])
+        if len(values) not in (3, 4):
+            raise UserError(f"{where}: expected query-id, passage-id and grade")
+        query_id = record_id({"_id": values[0]}, where)
+        passage_id = record_id({"_id": values[-2]}, where)
+        if not re.fullmatch(r"-?\d+(\.0*)?", str(values[-1]).strip()):
+            raise UserError(f"{where}: the grade {values[-1]!r} is no integer")
+        grade = int(float(values[-1]))
+        if qrels[query_id].setdefault(passage_id, grade) != grade:
+            raise UserError(f"{where}: {query_id} {passage_id} has another grade further up")
     return dict(qrels)
 
-def cached(read, path: Path, features: datasets.Features | None = None) -> datasets.Dataset:
-    """What a generator reads from a file, on disk in the cache of `datasets`, under its size and time."""
-    cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
-    with blame(f"{path} cannot be read, or {cache} not written"):
-        try:
-            stamp = f"{read.__name__} {path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
-            return datasets.Dataset.from_generator(
-                read, gen_kwargs={"path": str(path)}, features=features, cache_dir=cache,
-                fingerprint=hashlib.sha256(stamp.encode()).hexdigest()[:32])
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ or error  # a UserError with file and line
 
-def load_task(config: RetrievalConfig, split: str) -> Task:
-    """The passages, and the queries that a split judges; UserError names the file and line that is bad."""
-    folder, queries, qrels, answers, same_ids = Path(config.data), {}, {}, {}, True
-    if config.data == "python-docs":
-        passages = docs = bow_mae.python_docs()
-        splits = {"train": range(2, 10), "dev": [1], "test": [0], "all": range(10)}
-        if split not in splits:
-            raise UserError(f"--data python-docs has no split {split}, but {' '.join(splits)}")
-        for name, query in zip(docs["_id"], docs["query"]):
-            if bow_mae.text_hash(name) % 10 in splits[split]:
-                queries[f"query:{name}"], qrels[f"query:{name}"] = query, {name: 1}
-    elif folder.is_dir():
-        corpus = find_file(folder, "corpus.jsonl", "collection.tsv")
-        judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
-        names = (f"queries{part}{end}" for part in (f".{split}", "") for end in (".tsv", ".jsonl"))
+def find_file(folder, *names: str):
+    """The first of these files that is there, as it is or with .gz."""
+    paths = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_folder(folder, split):
+    """Passages, queries, answers and qrels of a folder in the layout of BEIR, MS MARCO or DPR."""
+    corpus = find_file(folder, "corpus.jsonl", "collection.tsv", "psgs_w100.tsv")
+    if corpus is None:
+        raise UserError(f"--data {folder} has no corpus.jsonl, collection.tsv or psgs_w100.tsv")
+    queries, answers, qrels = {}, {}, {}
+    if split:
+        names = [f"queries.{split}.tsv", f"queries.{split}.jsonl", "queries.tsv", "queries.jsonl"]
         asked = find_file(folder, *names)
-        queries, answers = read_queries(asked) if asked else ({}, {})
-        found = sorted([*folder.glob("qrels/*"), *folder.glob("qrels.*")])
-        if not corpus or not queries or not judged and (found or not answers):
-            there = " ".join(str(path.relative_to(folder)) for path in found)
-            missing = "corpus.jsonl" if not corpus else f"{'qrels' if queries else 'queries'} of {split}"
-            raise UserError(f"--data {folder} has no {missing}; its qrels are {there or 'none'}")
-        qrels = read_qrels(judged) if judged else {name: {} for name in answers}
-        passages, same_ids = cached(read_passages, corpus), ".jsonl" in corpus.name
-    else:
-        with blame(f"--data {config.data}, no folder here, as a hub dataset with corpus, queries and -qrels"):
-            passages = datasets.load_dataset(config.data, "corpus", split="corpus")
-            asked = datasets.load_dataset(config.data, "queries", split="queries")
-            judged = datasets.load_dataset(f"{config.data}-qrels", split=split)
-            queries, qrels = dict(zip(map(str, asked["_id"]), map(clean, asked["text"]))), defaultdict(dict)
-            for query_id, passage_id, grade in zip(judged["query-id"], judged["corpus-id"], judged["score"]):
-                qrels[str(query_id)][str(passage_id)] = int(grade)
-    return check_task(config, passages, queries, qrels, answers, same_ids)
+        questions = sorted(folder.glob(f"*{split}.qa.csv*"))  # DPR's nq-test.qa.csv
+        if not asked and len(questions) == 1:
+            asked = questions[0]
+        if asked:
+            queries, answers = collect_queries(read_file(asked))
+        judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
+        others = sorted(path.name for path in [*folder.glob("qrels/*"), *folder.glob("qrels.*")])
+        if not queries or not judged and (others or not answers):
+            missing = "qrels" if queries else "queries"
+            raise UserError(f"--data {folder} has no {missing} of {split}; its qrels are {others}")
+        qrels = collect_qrels(read_file(judged)) if judged else {}
+    return cached_dataset(read_passages, corpus), queries, answers, qrels
 
-def check_task(config, passages, queries: dict, qrels: dict, answers: dict, same_ids: bool) -> Task:
-    """A task of the queries that are judged; UserError where an id is unknown or there twice."""
-    ids = list(map(str, passages["_id"]))
-    rows = {name: row for row, name in enumerate(ids)}
-    if len(rows) < len(ids):
-        twice = next(name for row, name in enumerate(ids) if rows[name] != row)
-        raise UserError(f"--data {config.data}: passage id {twice!r} occurs twice")
-    unknown = [name for name in qrels if name not in queries]
-    unknown += [name for judged in qrels.values() for name in judged if name not in rows]
-    if unknown:
-        raise UserError(f"--data {config.data}: the qrels have {len(unknown)} unknown ids: {unknown[0]!r}")
-    if not answers and not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
-        raise UserError(f"--data {config.data}: the qrels name no relevant passage")
-    answers = {name: answers[name] for name in qrels if name in answers}
-    return Task(passages, rows, {name: queries[name] for name in qrels}, qrels, answers,
-                same_ids and not config.keep_identical_ids)
 
-# ---- BM25
+def read_hub(name, split):
+    """The same, of a dataset with the parts corpus and queries, and of NAME-qrels."""
+    try:
+        passages = datasets.load_dataset(name, "corpus", split="corpus")
+        queries = datasets.load_dataset(name, "queries", split="queries") if split else []
+        qrels = datasets.load_dataset(f"{name}-qrels", split=split) if split else []
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--data {name}, no folder here, on the hub: {reason}") from error
+    records = ((f"{name}, query {i}", row) for i, row in enumerate(queries))
+    for row in passages.select_columns("_id"):
+        record_id(row, f"--data {name}")
+    columns = ("query-id", "corpus-id", "score")
+    judged = ((f"{name}-qrels, row {i}", [row[c] for c in columns]) for i, row in enumerate(qrels))
+    return passages, *collect_queries(records), collect_qrels(judged)
 
-def bm25(texts: list[str], queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The k best texts for each query: scores and rows (Q, k), row -1 where none matches; seconds of search.
 
-    Robertson's BM25 as in Lucene, k1 = 0.9, b = 0.4, over runs of letters, digits and `_` in lower case. The
-    inverted index is in memory, some 35 bytes a posting: meant for up to a few million passages.
+def read_python_docs(split):
+    """The same, of python-docs: a summary asks for its text; a hash of the name gives the split."""
+    splits = {"train": range(2, 10), "dev": [1], "test": [0], "all": range(10), "": []}
+    if split not in splits:
+        raise UserError(f"--data python-docs has no split {split}, but {' '.join(splits)}")
+    print_once("building the corpus, or reading it from the cache")
+    docs = bow_mae.python_docs()
+    queries, qrels = {}, {}
+    for row in docs.select_columns(["_id", "query"]):
+        if zlib.crc32(row["_id"].encode()) % 10 in splits[split]:
+            queries[f"query:{row['_id']}"] = row["query"]
+            qrels[f"query:{row['_id']}"] = {row["_id"]: 1}
+    return docs, queries, {}, qrels
+
+
+def load_task(config, split):
+    """The passages of --data and the queries that a split judges, or that carry answers.
+
+    A judged passage that is missing stays judged, as in trec_eval; a judged query without a text
+    is left out. Of both there is a warning. No queries are read for split "".
     """
-    words, numbers, counts, sizes, lengths = {}, array("i"), array("i"), [], []
-    for text in tqdm(texts, desc="BM25 index", unit="passage", leave=False):
-        found = Counter(re.findall(r"\w+", text.lower()))
-        numbers.extend(words.setdefault(word, len(words)) for word in found)
-        counts.extend(found.values())
-        sizes.append(len(found))
-        lengths.append(found.total())
-    numbers, counts = np.asarray(numbers), np.asarray(counts)  # (postings,)
-    rows = np.repeat(np.arange(len(texts), dtype=np.int32), sizes)
-    frequency = np.bincount(numbers, minlength=len(words))                             # (words,)
-    idf = np.log(1 + (len(lengths) - frequency + 0.5) / (frequency + 0.5))
-    norm = 0.9 * (1 - 0.4 + 0.4 * np.array(lengths) / max(np.mean(lengths), 1e-9))     # (passages,)
-    weights = (idf[numbers] * counts / (counts + norm[rows])).astype(np.float32)
-    order, ends = np.argsort(numbers, kind="stable"), np.cumsum(frequency)
-    rows, weights, began = rows[order], weights[order], time.perf_counter()
-    scores, best = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1)
-    for i, query in enumerate(tqdm(queries, desc="BM25 search", unit="query", leave=False)):
-        total = np.zeros(len(texts), np.float32)
-        for word, count in Counter(re.findall(r"\w+", query.lower())).items():
-            if (number := words.get(word)) is not None:
-                at = slice(ends[number] - frequency[number], ends[number])
-                total[rows[at]] += count * weights[at]
-        matched = np.flatnonzero(total)
-        top = matched[np.argsort(-total[matched], kind="stable")[:k]]
-        scores[i, : len(top)], best[i, : len(top)] = total[top], top
-    return scores, best, time.perf_counter() - began
+    folder = Path(config.data).expanduser()
+    if config.data == "python-docs":
+        passages, queries, answers, qrels = read_python_docs(split)
+    elif folder.is_dir():
+        passages, queries, answers, qrels = read_folder(folder, split)
+    else:
+        passages, queries, answers, qrels = read_hub(config.data, split)
+    rows = {str(name): row for row, name in enumerate(passages["_id"])}
+    if len(rows) < len(passages):
+        (name, _), *_ = Counter(passages["_id"]).most_common(1)
+        raise UserError(f"--data {config.data}: passage id {name!r} occurs twice")
+    judged = [name for grades in qrels.values() for name in grades if grades[name] > 0]
+    lost_passages = [name for name in judged if name not in rows]
+    lost_queries = [query_id for query_id in qrels if query_id not in queries]
+    if qrels and (len(lost_passages) == len(judged) or len(lost_queries) == len(qrels)):
+        raise UserError(f"--data {config.data} lacks all relevant passages, or queries, of {split}")
+    for kind, lost in {"relevant passages": lost_passages, "queries": lost_queries}.items():
+        if lost:
+            print_once(f"warning: {len(lost)} {kind} are missing, the first is {lost[0]!r}")
+    asked = [query_id for query_id in qrels or answers if query_id in queries]
+    if split and not asked:
+        raise UserError(f"--data {config.data}: no query of {split} has judgements or answers")
+    queries = {query_id: queries[query_id] for query_id in asked}
+    qrels = {query_id: qrels[query_id] for query_id in asked if query_id in qrels}
+    answers = {query_id: answers[query_id] for query_id in asked if query_id in answers}
+    # The numbers of MS MARCO's queries have nothing to do with those of its passages.
+    has_numbers = find_file(folder, "collection.tsv") is not None
+    drop_identical = not has_numbers and not config.keep_identical_ids
+    return Task(passages, rows, queries, qrels, answers, drop_identical)
+
+
+def passage_texts(passages, rows):
+    """Title and text of passages, by row; either may be null or missing."""
+    chosen = passages[list(map(int, rows))]
+    titles = chosen.get("title", [""] * len(rows))
+    pairs = zip(titles, chosen["text"], strict=True)
+    return [f"{title or ''} {text or ''}".strip() for title, text in pairs]
+
 
 # ---- encoding
 
-CHUNK = 4096  # passages in a file of vectors
-TOKENS = 16384  # tokens in a batch to encode
+CHUNK_SIZE = 4096  # texts in a file of vectors
 
-class Encoder:
-    """[CLS] vectors of texts by a masked LM; `key` is a hash of its weights and what else they depend on."""
 
-    def __init__(self, config: RetrievalConfig, device: torch.device):
-        self.config, self.device = config, device
-        self.dtype = bow_mae.compute_dtype(config.precision, device)
-        self.tokenizer = bow_mae.load_tokenizer(config.model)
+def model_file(source, name):
+    """The content of a JSON file of a model's folder or hub name; {} where there is none."""
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text()) if path else {}
+
+
+def saved_pooling(source):
+    """Pooling and similarity that the sentence-transformers files of a model ask for."""
+    modules = [module["type"].split(".")[-1] for module in model_file(source, "modules.json")]
+    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise UserError(f"--model {source}: its module {min(unknown)} is not supported")
+    config = model_file(source, "1_Pooling/config.json")
+    modes = [name for name, value in config.items() if "pooling_mode_" in name and value is True]
+    modes += [config["pooling_mode"]] if "pooling_mode" in config else []
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    pooling = "+".join(names.get(mode, mode) for mode in modes)
+    return pooling or "cls", "cos" if "Normalize" in modules else "dot"
+
+
+class Encoder(nn.Module):
+    """Vectors of texts, by any encoder; `lm` is what is saved, with its head if it has one."""
+
+    def __init__(self, config, device, source=""):
+        super().__init__()
+        source = source or config.model
         longest = max(config.max_query_length, config.max_passage_length)
-        self.lm = bow_mae.load_lm(config.model, self.tokenizer, longest, config.seed).to(device).eval()
-        flags = f"{self.dtype} {config.similarity} {config.max_passage_length}"
-        weights = hashlib.sha256((flags + self.tokenizer.backend_tokenizer.to_str()).encode())
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        try:
+            self.tokenizer = bow_mae.load_tokenizer(source)
+            lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
+            lm.base_model(torch.full((1, longest), len(self.tokenizer) - 1))
+        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--model {source} cannot encode {longest} tokens: {reason}") from error
+        missing = set(report["missing_keys"])
+        lacking = missing & {
+            f"{lm.base_model_prefix}.{name}" for name in lm.base_model.state_dict()
+        }
+        if lacking:
+            raise UserError(f"--model {source} lacks weights, such as {min(lacking)}")
+        # Without a head the encoder stays, which a masked LM makes without a pooler.
+        self.lm = lm.base_model if missing else lm
+        self.to(device).eval()
+        self.device, self.dtype = device, bow_mae.compute_dtype(config.precision, device)
+        pooling, similarity = saved_pooling(source)
+        self.pooling = pooling if config.pooling == "auto" else config.pooling
+        self.similarity = similarity if config.similarity == "auto" else config.similarity
+        if self.pooling not in ("cls", "mean"):
+            raise UserError(f"--model {source}: pooling {self.pooling} is not supported")
+        settings = f"{self.dtype} {self.pooling} {self.similarity}"
+        digest = hashlib.sha256((settings + self.tokenizer.backend_tokenizer.to_str()).encode())
         for tensor in self.lm.base_model.state_dict().values():
-            weights.update(tensor.cpu().numpy().tobytes())
-        self.key = weights.hexdigest()
+            digest.update(tensor.cpu().numpy().tobytes())
+        self.fingerprint = digest.hexdigest()  # of all that vectors depend on
+        kind = "encoder without a head" if missing else "masked LM"
+        print_once(f"{source}: {kind}, {settings}, up to {longest} tokens, {device}")
+
+    def forward(self, batch):
+        """Vectors (B, D), float32 and of norm 1 for `cos`, of input_ids, attention_mask (B, L)."""
+        input_ids = batch["input_ids"].to(self.device)
+        attention_mask = batch["attention_mask"].to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            outputs = self.lm.base_model(input_ids, attention_mask=attention_mask)
+        hidden = outputs.last_hidden_state.float()  # (B, L, D)
+        vectors = hidden[:, 0]  # (B, D)
+        if self.pooling == "mean":
+            weights = attention_mask[:, :, None].float()  # (B, L, 1)
+            vectors = (hidden * weights).sum(1) / weights.sum(1)
+        return F.normalize(vectors, dim=1) if self.similarity == "cos" else vectors
 
     @torch.no_grad()
-    def __call__(self, texts: list[str], max_length: int) -> np.ndarray:
+    def encode(self, texts, max_length, bar=None):
         """The vectors (N, D) of texts, float32, computed in batches of like length."""
+        tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         vectors = np.empty((len(texts), self.lm.config.hidden_size), np.float32)
-        tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
-        order, start = sorted(range(len(texts)), key=lambda i: -len(tokens[i])), 0
-        while start < len(order):
-            some = order[start : start + max(1, TOKENS // len(tokens[order[start]]))]
-            batch = self.tokenizer.pad({"input_ids": [tokens[i] for i in some]}, return_tensors="pt")
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                cls = cls_vectors(self.lm.base_model, batch, self.config.similarity)
-            vectors[some] = cls.cpu().numpy()
-            start += len(some)
+        for start in range(0, len(texts), 64):
+            chosen = order[start : start + 64]
+            padded = {"input_ids": [tokens[i] for i in chosen]}
+            vectors[chosen] = self(self.tokenizer.pad(padded, return_tensors="pt")).cpu().numpy()
+            if bar is not None:
+                bar.update(len(chosen))
         if not np.isfinite(vectors).all():
-            raise UserError(f"--model {self.config.model}: a vector is not finite; set --precision fp32")
+            raise UserError("a vector is not finite: set --precision fp32")
         return vectors
 
-def cls_vectors(encoder, batch, similarity: str):
-    """h_CLS (B, D) as float32, of norm 1 for `cos`, of input_ids and attention_mask (B, L) on any device."""
-    batch = batch.to(encoder.device)
-    cls = encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, 0].float()
-    return F.normalize(cls, dim=1) if similarity == "cos" else cls                     # (B, D)
 
-def encode_passages(config: RetrievalConfig, task: Task, encoder: Encoder) -> list[Path]:
-    """Write the vectors of this process's share of the passages, CHUNK a file; returns the files in order.
+def encode_collection(encoder, texts, folder, prefix, length):
+    """Write the vectors of texts, CHUNK_SIZE a file, each process its slice; returns the files.
 
-    A file is named by a hash of the encoder and its texts, so one that an earlier run finished serves again.
+    They lie in a folder that is named by all that they depend on: what an interrupted run has
+    finished serves again, and the rest is removed.
     """
-    with blame(f"--index {config.index}"):  # a typo must not cost the encoding
-        faiss.index_factory(encoder.lm.config.hidden_size, config.index)
-    folder, size, rank, files = Path(config.output, "vectors"), len(task.passages), dist.get_rank(), []
-    starts = np.array_split(np.arange(0, size, CHUNK), dist.get_world_size())[rank]
-    for start in tqdm(starts, "encode", unit="passage", unit_scale=CHUNK, leave=False, disable=rank > 0):
-        texts = task.texts(range(start, min(start + CHUNK, size)))
-        key = hashlib.sha256("\0".join([encoder.key, *texts]).encode()).hexdigest()
-        files.append(folder / f"{start:010}-{key}.npy")
-        if not files[-1].exists():
-            vectors = encoder(texts, config.max_passage_length)
-            with blame(f"--output {folder} cannot be written"):
-                folder.mkdir(parents=True, exist_ok=True)
-                np.save(folder / f"{start:010}.tmp.npy", vectors)
-                (folder / f"{start:010}.tmp.npy").replace(files[-1])
-    return files
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    key = f"{encoder.fingerprint} {texts._fingerprint} {CHUNK_SIZE} {length} {prefix}"
+    target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if rank == 0:
+        target.mkdir(parents=True, exist_ok=True)
+        for outdated in set(folder.iterdir()) - {target}:
+            shutil.rmtree(outdated)
+    dist.barrier()
+    starts = np.arange(0, len(texts), CHUNK_SIZE)
+    starts = np.array_split(starts, world_size)[rank].tolist()
+    own_rows = {
+        target / f"{start:010}.npy": range(start, min(start + CHUNK_SIZE, len(texts)))
+        for start in starts
+    }
+    total = sum(len(rows) for rows in own_rows.values())
+    bar = tqdm(desc=f"encode {folder.name}", total=total, disable=rank > 0)
+    for file, rows in own_rows.items():
+        if file.exists():
+            bar.update(len(rows))
+            continue
+        chunk = [prefix + text for text in passage_texts(texts, rows)]
+        vectors = encoder.encode(chunk, length, bar)
+        with file.with_suffix(".tmp").open("wb") as unfinished:
+            np.save(unfinished, vectors)
+        file.with_suffix(".tmp").replace(file)
+    bar.close()
+    dist.barrier()
+    return sorted(target.glob("*.npy")), list(own_rows)
+
 
 # ---- search
 
-def build_index(config: RetrievalConfig, task: Task, files: list[Path], encoder: Encoder):
-    """The faiss index of this process's passages, by row, saved under output/index."""
+
+def check_index(config, encoder, num_passages):
+    """UserError if faiss cannot build --index of so many passages, or would search by distance."""
+    try:
+        width = encoder.lm.config.hidden_size
+        index = faiss.index_factory(width, config.index, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).split("Error: ")[-1]
+        raise UserError(f"--index {config.index} of vectors of {width}: {reason}") from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise UserError(f"--index {config.index} would search by distance, not by inner product")
+    if isinstance(faiss.downcast_index(index), faiss.IndexIDMap):
+        raise UserError(f"--index {config.index}: leave IDMap out, it is there anyway")
+    inverted = faiss.try_extract_index_ivf(index)
+    needed = inverted.nlist if inverted else 1
+    if re.search("PQ|RQ", config.index):
+        bits = re.findall(r"x(\d+)", config.index) or ["8"]  # PQ16 is PQ16x8
+        needed = max(needed, 2 ** int(bits[-1]))
+    # The last process has whole files and the last one, see encode_collection.
+    num_files = math.ceil(num_passages / CHUNK_SIZE)
+    own_files = max(1, num_files // dist.get_world_size())
+    share = num_passages - (num_files - own_files) * CHUNK_SIZE
+    if share < needed:
+        raise UserError(f"--index {config.index} needs {needed} passages a process, not {share}")
+
+
+def build_index(config, encoder, passages):
+    """The faiss index, by row, of this process's slice of the passages, which it encodes."""
     faiss.omp_set_num_threads(torch.get_num_threads())
-    path, width = Path(config.output, "index", f"{dist.get_rank():05}.faiss"), encoder.lm.config.hidden_size
-    together(shutil.rmtree, path.parent, True, first=True)  # of another number of processes
-    with blame(f"--index {config.index} or --output {path}"):
-        kind = config.index if files else "Flat"  # without passages there is nothing to train on
-        index = faiss.index_factory(width, f"IDMap,{kind}", faiss.METRIC_INNER_PRODUCT)
-        if not index.is_trained:  # on up to 100,000 vectors, evenly spaced
-            step = -(-len(files) * CHUNK // 100_000)
-            index.train(np.concatenate([np.load(file, mmap_mode="r")[::step] for file in files]))
-        if (inverted := faiss.try_extract_index_ivf(index)) is not None:
-            inverted.nprobe = max(1, inverted.nlist // 16)  # lists probed per query; the default is 1
-        for file in files:
-            vectors = np.load(file)
-            index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem[:10]))
-        path.parent.mkdir(exist_ok=True)
-        faiss.write_index(index, str(path))
-        bow_mae.write_json(path.with_suffix(".json"), {
-            "model": encoder.key, "passages": task.passages._fingerprint, "processes": dist.get_world_size()})
+    folder, length = Path(config.output, "vectors", "passages"), config.max_passage_length
+    _, files = encode_collection(encoder, passages, folder, config.passage_prefix, length)
+    kind = f"IDMap,{config.index}" if files else "IDMap,Flat"  # nothing to train on
+    width = encoder.lm.config.hidden_size
+    index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+    if not index.is_trained:
+        print_once(f"training the index {config.index}")
+        every = math.ceil(len(files) * CHUNK_SIZE / 300_000)  # so many vectors are enough
+        index.train(np.concatenate([np.load(file)[::every] for file in files]))
+    inverted = faiss.try_extract_index_ivf(index)
+    if inverted is not None:
+        inverted.nprobe = max(1, inverted.nlist // 16)  # lists searched for a query, not only 1
+    for file in tqdm(files, "index", unit="file", disable=dist.get_rank() > 0):
+        vectors = np.load(file)
+        index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem))
     return index
 
-def merge(found: list) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of several processes' (scores, rows), each (Q, k)."""
-    scores, rows = (np.ascontiguousarray(np.stack(arrays)) for arrays in zip(*found))  # (shards, Q, k)
+
+def write_index(config, encoder, passages, index):
+    """Write output/index: the passages, a faiss index of each process, and then the flags."""
+    folder, rank = Path(config.output, "index"), dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        passages.save_to_disk(folder / "passages")
+    dist.barrier()
+    faiss.write_index(index, str(folder / f"{rank:05}.faiss"))
+    dist.barrier()
+    if rank == 0:
+        saved = {"config": asdict(config), "encoder": encoder.fingerprint}
+        bow_mae.write_json(folder / "index.json", saved)
+
+
+def search_index(index, vectors, k):
+    """Scores and rows (Q, k) of the best passages of an index; row -1 where it has no more."""
+    found = []
+    bar = tqdm(desc="search", total=len(vectors), unit="query", disable=dist.get_rank() > 0)
+    for start in range(0, len(vectors), 256):
+        found.append(index.search(vectors[start : start + 256], k))
+        bar.update(len(found[-1][0]))
+    bar.close()
+    scores = np.concatenate([scores for scores, _ in found])
+    return scores, np.concatenate([rows for _, rows in found])
+
+
+def merge_hits(found):
+    """The k best of several indexes' scores and rows, each (Q, k)."""
+    scores = np.stack([scores for scores, _ in found])  # (indexes, Q, k)
+    rows = np.stack([rows for _, rows in found])
     return faiss.merge_knn_results(scores, rows, keep_max=True)
 
-def retrieve(config: RetrievalConfig, task: Task, device: torch.device, k: int):
-    """Scores and rows (Q, k) of the best passages and the seconds of the search, for the first process."""
+
+def retrieve(config, task, encoder, k, writes=False):
+    """Scores and rows (Q, k) of each query's best passages, on the first process; else None.
+
+    Without an encoder BM25 searches. `writes`: leave the index for the command `search`.
+    """
     queries = list(task.queries.values())
-    if config.model == "bm25":
-        return together(lambda: bm25(task.texts(range(len(task.passages))), queries, k), first=True)
-    encoder = together(Encoder, config, device)
-    files = together(encode_passages, config, task, encoder)
-    index = together(build_index, config, task, files, encoder)
-    began, everyone = time.perf_counter(), [None] * dist.get_world_size()
-    # in groups that do not depend on the number of processes, as padding changes the last bits of a vector
-    starts = np.array_split(np.arange(0, len(queries), 256), len(everyone))[dist.get_rank()]
-    vectors = together(lambda: [encoder(queries[at : at + 256], config.max_query_length) for at in starts])
-    dist.all_gather_object(everyone, vectors)
-    gathered = [None] * len(everyone) if dist.get_rank() == 0 else None
-    dist.gather_object(index.search(np.concatenate(sum(everyone, [])), k), gathered)
-    return (*merge(gathered), time.perf_counter() - began) if gathered else None
+    if encoder is None:
+        return bm25(task.passages, queries, k) if dist.get_rank() == 0 else None
+    index = build_index(config, encoder, task.passages)
+    if writes:
+        write_index(config, encoder, task.passages, index)
+    texts = datasets.Dataset.from_dict({"text": queries})
+    folder, length = Path(config.output, "vectors", "queries"), config.max_query_length
+    files, _ = encode_collection(encoder, texts, folder, config.query_prefix, length)
+    vectors = np.concatenate([np.load(file) for file in files])  # (Q, D)
+    everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(search_index(index, vectors, k), everyone)
+    return merge_hits(everyone) if everyone else None
 
-def ranking(hits: dict[str, float]) -> list[str]:
+
+# Those that Lucene's EnglishAnalyzer leaves out.
+STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the
+their then there these they this to was will with"""
+STOP_WORDS = frozenset(STOP_WORDS.split())
+MARKS = "".join(chr(i) for i in range(0x10000) if unicodedata.category(chr(i)).startswith("M"))
+# Thai, Lao, Burmese, Khmer, Chinese and Japanese are written without spaces.
+SPACELESS = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u3096\u309d-\u309f"
+SPACELESS += "\u30a1-\u30fa\u30fc-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+SPACELESS_RUN = re.compile(rf"[{SPACELESS}][{SPACELESS}{MARKS}]*")
+CHARACTER = re.compile(rf".[{MARKS}]*")
+# As in Unicode's annex 29: a dot or apostrophe joins letters, a dot or comma digits.
+WORD = re.compile(rf"(?:[\w{MARKS}]|(?<=[^\W\d])[.'’](?=[^\W\d])|(?<=\d)[.,](?=\d))+")
+
+
+def bm25_terms(text):
+    """Words without stop words; pairs of characters, as Lucene's, where a script has no spaces."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    terms = [word for word in WORD.findall(SPACELESS_RUN.sub(" ", text)) if word not in STOP_WORDS]
+    for run in SPACELESS_RUN.findall(text):
+        characters = CHARACTER.findall(run)
+        last = max(1, len(characters) - 1)
+        terms += ["".join(characters[i : i + 2]) for i in range(last)]
+    return terms
+
+
+def bm25(passages, queries, k):
+    """Scores and rows (Q, k) of the best passages by BM25, row -1 where no more match.
+
+    Robertson's BM25 as in Lucene, k1 = 0.9 and b = 0.4, without a stemmer. Its inverted index is
+    in memory, some 35 bytes a posting: meant for up to a few million passages.
+    """
+    numbers, terms, counts, sizes, lengths = {}, array("i"), array("i"), [], []
+    for row in tqdm(range(len(passages)), "BM25 index", unit="passage"):
+        found = Counter(bm25_terms(passage_texts(passages, [row])[0]))
+        terms.extend(numbers.setdefault(term, len(numbers)) for term in found)
+        counts.extend(found.values())
+        sizes.append(len(found))
+        lengths.append(found.total())
+    terms, counts = np.asarray(terms), np.asarray(counts)  # (postings,)
+    rows = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)  # (postings,)
+    frequency = np.bincount(terms, minlength=len(numbers))  # (terms,)
+    idf = np.log(1 + (len(sizes) - frequency + 0.5) / (frequency + 0.5))
+    norm = 0.9 * (1 - 0.4 + 0.4 * np.array(lengths) / max(np.mean(lengths), 1e-9))  # (passages,)
+    weights = (idf[terms] * counts / (counts + norm[rows])).astype(np.float32)  # (postings,)
+    order = np.argsort(terms, kind="stable")
+    rows, weights, ends = rows[order], weights[order], np.cumsum(frequency)
+
+    best_scores = np.zeros((len(queries), k), np.float32)
+    best_rows = np.full((len(queries), k), -1)
+    for i, query in enumerate(tqdm(queries, "BM25 search", unit="query")):
+        scores = np.zeros(len(sizes), np.float32)  # (passages,)
+        for term, count in Counter(bm25_terms(query)).items():
+            if term in numbers:
+                end = ends[numbers[term]]
+                postings = slice(end - frequency[numbers[term]], end)
+                scores[rows[postings]] += count * weights[postings]
+        matched = np.flatnonzero(scores)
+        best = matched[np.argsort(-scores[matched], kind="stable")[:k]]
+        best_scores[i, : len(best)] = scores[best]
+        best_rows[i, : len(best)] = best
+    return best_scores, best_rows
+
+
+def ranking(hits):
     """Passage ids by falling score (as float32), then by falling id, as trec_eval ranks them."""
-    return sorted(hits, key=lambda name: (np.float32(hits[name]), name.encode()), reverse=True)
+    keys = {name: (np.float32(score), name.encode()) for name, score in hits.items()}
+    return sorted(keys, key=keys.get, reverse=True)
 
-def make_run(task: Task, scores, rows, k: int):
-    """Yield each query id with its k best passages {passage id: score}, of scores and rows (Q, more)."""
-    ids = list(task.rows)
-    for query_id, some_scores, some_rows in zip(task.queries, scores, rows):
-        hits = {ids[row]: score for score, row in zip(some_scores.tolist(), some_rows.tolist()) if row >= 0}
-        if task.same_ids:
-            hits.pop(query_id, None)
+
+def ranked_hits(task, scores, rows, k):
+    """Yield each query id with its k best passages {passage id: score}, of scores, rows (Q, more).
+
+    A passage with the id of its query is dropped, as in BEIR, unless it is judged relevant.
+    """
+    ids, num_dropped = list(task.rows), 0
+    for query_id, query_scores, query_rows in zip(task.queries, scores, rows, strict=True):
+        found = zip(query_scores.tolist(), query_rows.tolist(), strict=True)
+        hits = {ids[row]: score for score, row in found if row >= 0}
+        is_relevant = task.qrels.get(query_id, {}).get(query_id, 0) > 0
+        if task.drop_identical and query_id in hits and not is_relevant:
+            del hits[query_id]
+            num_dropped += 1
         yield query_id, {name: hits[name] for name in ranking(hits)[:k]}
+    if num_dropped:
+        print_once(f"{num_dropped} hits had the id of their query and were dropped, as in BEIR")
+
 
 # ---- metrics
 
-def evaluate_run(run: dict, qrels: dict, relevance_level: int = 1, keep_identical_ids: bool = False) -> dict:
+
+def dcg(grades):
+    """Discounted cumulative gain of grades by rank; the gain is linear (trec_eval m_ndcg_cut.c)."""
+    return sum(max(grade, 0) / math.log2(rank + 1) for rank, grade in enumerate(grades, 1))
+
+
+def evaluate_run(run, qrels, relevance_level=1, top_k=1000):
     """Each metric of each query, {query id: {metric: value}}, to agree with trec_eval -c.
 
-    run {query id: {passage id: score}}, qrels {query id: {passage id: grade}}. A query without a passage of a
-    positive grade is left out, one that the run lacks scores 0. A passage is relevant from relevance_level
-    on; nDCG has the grades as gains (trec_eval m_ndcg_cut.c), MAP is cut at 1000 (m_map.c). A passage with
-    the id of its query is dropped, as in BEIR, unless keep_identical_ids.
+    run {query id: {passage id: score}}, qrels {query id: {passage id: grade}}. A query without a
+    passage of a positive grade is left out (trec_eval counts it as 0); one that the run lacks
+    scores 0. Relevant is a grade from relevance_level on; nDCG has the grades as gains; MAP is cut
+    at 1000 (m_map_cut.c). A metric that is cut deeper than top_k is left out.
     """
-    results, dcg = {}, lambda gains: sum(gain / np.log2(rank + 1) for rank, gain in enumerate(gains, 1))
+    results = {}
     for query_id, judged in qrels.items():
         if max(judged.values(), default=0) < 1:
             continue
-        names = [name for name in ranking(run.get(query_id, {})) if keep_identical_ids or name != query_id]
-        grades = [max(judged.get(name, 0), 0) for name in names[:10]]
-        ideal = sorted((max(grade, 0) for grade in judged.values()), reverse=True)[:10]
-        count = sum(grade >= relevance_level for grade in judged.values()) or 1
-        ranks = [rank for rank, name in enumerate(names, 1) if judged.get(name, 0) >= relevance_level]
+        names = ranking(run.get(query_id, {}))[:top_k]
+        relevant = {name for name, grade in judged.items() if grade >= relevance_level}
+        ranks = [rank for rank, name in enumerate(names, 1) if name in relevant]
+        num_relevant, first = len(relevant) or 1, min(ranks, default=math.inf)
+        gains = [judged.get(name, 0) for name in names[:10]]
+        ideal = sorted(judged.values(), reverse=True)[:10]
         precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
-        results[query_id] = {
-            "MRR@10": 1 / ranks[0] if ranks and ranks[0] <= 10 else 0.0,
-            "nDCG@10": dcg(grades) / dcg(ideal),
-            "MAP@1000": sum(precisions) / count,
-            **{f"Recall@{k}": sum(rank <= k for rank in ranks) / count for k in (50, 100, 1000)},
-            **{f"Hit@{k}": float(any(rank <= k for rank in ranks)) for k in (1, 10, 50, 1000)}}
+        values = {"MRR@10": 1 / first if first <= 10 else 0}
+        values["nDCG@10"] = dcg(gains) / dcg(ideal)
+        values["MAP@1000"] = sum(precisions) / num_relevant
+        for k in (50, 100, 1000):
+            values[f"Recall@{k}"] = sum(rank <= k for rank in ranks) / num_relevant
+        for k in (1, 10, 50, 1000):
+            values[f"Hit@{k}"] = first <= k
+        results[query_id] = {}
+        for name, value in values.items():
+            if int(name.split("@")[1]) <= top_k:
+                results[query_id][name] = float(value)
     return results
 
-def mean(results: dict) -> dict[str, float]:
+
+def mean(results):
     """The mean of each metric over queries."""
-    names = next(iter(results.values()), {})
-    return {name: float(np.mean([values[name] for values in results.values()])) for name in names}
+    table = pd.DataFrame(list(results.values()))  # a row a query
+    return {name: float(table[name].mean()) for name in table}
 
-def answer_tokens(text: str) -> list[str]:
-    """DPR's words of a text: runs of letters, digits and marks, or single other visible characters."""
-    tokens, kind = [], lambda character: unicodedata.category(character)[0]
-    for word, run in groupby(unicodedata.normalize("NFD", text), lambda character: kind(character) in "LNM"):
-        tokens += ["".join(run).lower()] if word else [one.lower() for one in run if kind(one) not in "ZC"]
-    return tokens
 
-def answer_hits(run: dict, answers: dict[str, list[str]], body) -> dict[str, dict[str, float]]:
-    """AnswerHit@k of each query: whether one of its k best passages has an answer, by DPR's `has_answer`.
+ANSWER_TOKEN = re.compile(rf"(?:[^\W_]|[{MARKS}])+|\S")
 
-    body(passage id) is a passage's text without its title.
-    """
-    joined, results = lambda tokens: "\0" + "\0".join(tokens) + "\0", {}  # to seek a sequence of tokens in
-    for query_id, wanted in answers.items():
-        wanted = [joined(tokens) for tokens in map(answer_tokens, wanted) if tokens]
-        texts = (joined(answer_tokens(body(name))) for name in ranking(run.get(query_id, {}))[:100])
-        ranks = (rank for rank, text in enumerate(texts, 1) if any(answer in text for answer in wanted))
-        first = next(ranks, np.inf)
-        results[query_id] = {f"AnswerHit@{k}": float(first <= k) for k in (5, 20, 100)}
+
+def answer_tokens(text):
+    """DPR's words of a text: runs of letters, digits and marks, or single visible characters."""
+    tokens = ANSWER_TOKEN.findall(unicodedata.normalize("NFD", text).lower())
+    return [token for token in tokens if unicodedata.category(token[0])[0] not in "CZ"]
+
+
+def has_answer(text, answers):
+    """Whether a text has the words of an answer in a row, as in DPR; no words are nowhere."""
+    body = unicodedata.normalize("NFD", text).lower()
+    for tokens in map(answer_tokens, answers):
+        # Most texts lack a word of the answer, which is faster to see than all their own words.
+        if tokens and all(token in body for token in tokens):
+            words = answer_tokens(text)
+            starts = range(len(words) - len(tokens) + 1)
+            if any(words[i : i + len(tokens)] == tokens for i in starts):
+                return True
+    return False
+
+
+def answer_hits(task, run, top_k):
+    """AnswerHit@k of each query: whether the text (no title) of a k best passage has an answer."""
+    results = {}
+    for query_id, answers in task.answers.items():
+        rows = [task.rows[name] for name in ranking(run.get(query_id, {}))[:100]]
+        texts = task.passages[rows]["text"] if rows else []
+        hits = [has_answer(text or "", answers) for text in texts]
+        results[query_id] = {
+            f"AnswerHit@{k}": float(any(hits[:k])) for k in (5, 20, 100) if k <= top_k
+        }
     return results
 
-def permutation_test(differences: np.ndarray, seed: int = 0, draws: int = 10_000) -> float:
-    """The two-sided p-value of paired differences (Q,): how often random signs give as large a mean."""
-    rng, observed = np.random.default_rng(seed), abs(differences.sum())
-    signs = (rng.integers(0, 2, (100, len(differences))) * 2 - 1 for _ in range(draws // 100))
-    larger = sum(int((abs(some @ differences) >= observed - 1e-9).sum()) for some in signs)
+
+def permutation_test(differences, seed=0, draws=10_000):
+    """The two-sided p-value of paired differences (Q,): how often random signs give as much."""
+    rng = np.random.default_rng(seed)
+    observed, larger = abs(differences.sum()), 0
+    for _ in range(draws // 1000):
+        signs = rng.choice([-1, 1], (1000, len(differences)))
+        larger += int((abs(signs @ differences) >= observed - 1e-9).sum())
     return (larger + 1) / (draws + 1)
 
-def read_run(path: str) -> dict[str, dict[str, float]]:
-    """A TREC run file, `qid Q0 docid rank score tag` a line."""
+
+def read_run(path):
+    """A TREC run file, `qid Q0 docid rank score tag` a line; trec_eval does not use the rank."""
     run = defaultdict(dict)
-    for number, fields in read_records(Path(path)):
-        with blame(f"{path}, line {number}: give qid Q0 docid rank score tag"):
-            run[fields[0]][fields[2]] = float(fields[4])
+    for where, values in read_file(Path(path)):
+        try:
+            query_id, _, passage_id, _, score, _ = values
+            run[query_id][passage_id] = float(score)
+        except ValueError as error:
+            raise UserError(f"{where}: expected qid Q0 docid rank score tag") from error
     return dict(run)
+
 
 # ---- fine-tuning
 
-def judged_examples(config: RetrievalConfig, task: Task) -> list[dict]:
-    """The training queries with the rows of their relevant passages and of their mined negatives, if any."""
-    path, negatives, examples = config.negatives_file, {}, []
-    for number, record in read_records(Path(path)) if path else []:
-        query_id, names = str(record.get("query_id")), record.get("negatives")
-        known = query_id in task.queries and isinstance(names, list)
-        if not known or not task.rows.keys() >= {*map(str, names)}:
-            raise UserError(f"--negatives_file {path}, line {number}: query {query_id!r} is not in "
-                            f"--train_split {config.train_split}, or a negative is not in --data")
-        negatives[query_id] = np.array([task.rows[str(name)] for name in names
-                                        if task.qrels[query_id].get(str(name), 0) < 1], np.int32)
-    for query_id, judged in task.qrels.items():
-        positives = [task.rows[name] for name in judged if judged[name] >= config.relevance_level]
-        examples.append({"query": task.queries[query_id], "positives": positives,
-                         "negatives": negatives.get(query_id, [])})
-    return [example for example in examples if example["positives"]]
 
-def read_examples(path: str):
-    """Yield the examples of a .jsonl in Tevatron's format; a `score` in a passage is a teacher's."""
-    for number, record in read_records(Path(path)):
-        sides = [record.get("positive_passages"), record.get("negative_passages") or []]
-        if not isinstance(record.get("query"), str) or not sides[0] or not all(
-                isinstance(side, list) and all(isinstance(p, dict) for p in side) for side in sides):
-            raise UserError(f"--train_data {path}, line {number}: give a query and positive_passages, a list")
-        example = {"query": record["query"]}
-        for side, passages in zip(("positives", "negatives"), sides):
-            example[side] = [f"{p.get('title') or ''} {p.get('text') or ''}".strip() for p in passages]
-            example[f"{side}_scores"] = [p.get("score") for p in passages]
-        yield example
+@dataclass
+class TrainingSet:
+    """Passages, and for each query its text, the rows of its positives and hard negatives."""
+
+    passages: datasets.Dataset  # of --data, then of each --train_data
+    identity: np.ndarray  # (passages,) equal numbers are the same passage
+    queries: list[str]
+    positives: list[np.ndarray]
+    negatives: list[np.ndarray]
+
+
+def read_examples(path, size, modified):
+    """Yield the passages of a file in Tevatron's or DPR's format, with query and role."""
+    for where, record in read_file(Path(path)):
+        positives = record.get("positive_passages", record.get("positive_ctxs"))
+        negatives = record.get("negative_passages") or record.get("hard_negative_ctxs")
+        negatives = negatives or record.get("negative_ctxs") or []
+        query = text_of(record, "query" if "query" in record else "question", where)
+        if not query or not isinstance(positives, list) or not isinstance(negatives, list):
+            raise UserError(f"{where}: give a query, and positive_passages as a list")
+        for i, passage in enumerate(positives + negatives):
+            row = passage_of(passage, where)
+            row |= {"_id": find_id(passage) or row["text"], "relevant": i < len(positives)}
+            yield row | {"query": query, "query_id": str(record.get("query_id", ""))}
+
+
+def read_negatives(path, task):
+    """Yield (query id, rows) of a file of `mine`, or of lines of a query id and passage ids."""
+    for where, record in read_file(Path(path)):
+        if isinstance(record, list):
+            record = {"query_id": record[0], "negatives": record[1:]}
+        query_id, names = str(record.get("query_id")), record.get("negatives")
+        if query_id not in task.queries or not isinstance(names, list):
+            raise UserError(f"{where}: query {query_id} is not in --data, or negatives are no list")
+        unknown = [name for name in names if str(name) not in task.rows]
+        if unknown:
+            raise UserError(f"{where}: passage {unknown[0]} is not in --data")
+        yield query_id, [task.rows[str(name)] for name in names]
+
+
+def load_training_set(config):
+    """The judged queries of --data, with --negatives_file, and --train_data, joined by query."""
+    tables, ids, queries = [], [], {}
+    positives = defaultdict(lambda: array("i"))  # rows by query id
+    negatives = defaultdict(lambda: array("i"))
+    if config.data != "python-docs" or config.negatives_file or not config.train_data:
+        task = load_task(config, config.train_split)
+        tables.append(task.passages)
+        ids.extend(task.rows)
+        queries |= task.queries
+        for query_id, grades in task.qrels.items():
+            known = [name for name, grade in grades.items() if grade > 0 and name in task.rows]
+            positives[query_id].extend(task.rows[name] for name in known)
+        for path in config.negatives_file:
+            for query_id, rows in read_negatives(path, task):
+                negatives[query_id].extend(rows)
+    query_ids = {text: query_id for query_id, text in queries.items()}
+    for path in config.train_data:
+        table = cached_dataset(read_examples, Path(path))
+        columns = ["query_id", "query", "relevant"]
+        frame = table.select_columns([*columns, "_id"]).to_pandas()
+        for (query_id, text, relevant), rows in frame.groupby(columns).indices.items():
+            if queries.get(query_id) != text:  # DPR's questions have no id
+                query_id = query_ids.get(text, f"{query_id} {text}")
+            queries.setdefault(query_id, text)
+            side = positives if relevant else negatives
+            side[query_id].extend((rows + len(ids)).tolist())
+        tables.append(table.select_columns(["_id", "title", "text"]))
+        ids.extend(frame["_id"])
+
+    identity = pd.factorize(np.array(ids, dtype=object))[0]
+    training = TrainingSet(datasets.concatenate_datasets(tables), identity, [], [], [])
+    for query_id, text in queries.items():
+        if positives[query_id]:
+            rows = np.array(negatives[query_id], np.int32)
+            is_positive = np.isin(identity[rows], identity[positives[query_id]])
+            training.queries.append(text)
+            training.positives.append(np.array(positives[query_id], np.int32))
+            training.negatives.append(rows[~is_positive])
+    num_queries = len(training.queries)
+    if num_queries < len(queries):
+        print_once(f"warning: {len(queries) - num_queries} queries have no positive: left out")
+    lacking = sum(len(rows) == 0 for rows in training.negatives)
+    if lacking and config.negatives:
+        print_once(f"warning: {lacking} of {num_queries} queries have no hard negatives")
+    return training
+
 
 class FinetuningSteps(torch.utils.data.Dataset):
-    """This process's micro-batches of a step, by (seed, step) alone; an epoch drops its incomplete batch."""
+    """This process's micro-batches of a step, by (seed, step) alone; an epoch has whole steps."""
 
-    def __init__(self, config: RetrievalConfig, tokenizer, examples, task: Task | None):
-        self.config, self.tokenizer, self.examples, self.task = config, tokenizer, examples, task
-        share = config.batch_size // dist.get_world_size()
-        self.starts = range(dist.get_rank() * share, (dist.get_rank() + 1) * share, config.micro_batch_size)
+    def __init__(self, config, tokenizer, training):
+        self.config, self.tokenizer, self.training = config, tokenizer, training
+        self.share = config.batch_size // dist.get_world_size()
+        self.first = dist.get_rank() * self.share
+        self.epoch, self.order = -1, np.empty(0)
 
-    def __getitem__(self, step: int) -> list[dict]:
-        config, cut = self.config, {"truncation": True, "padding": True, "return_tensors": "pt"}
-        epoch, at = divmod(step - 1, len(self.examples) // config.batch_size)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(self.examples))
-        batches, chosen = [], order[at * config.batch_size : (at + 1) * config.batch_size]
-        for first in self.starts:
-            queries, passages, scores = zip(*(self.draw(int(i), epoch)
-                                              for i in chosen[first : first + config.micro_batch_size]))
-            batches.append({
-                "queries": self.tokenizer(list(queries), max_length=config.max_query_length, **cut),  # (b, L)
-                "passages": self.tokenizer(sum(passages, []), max_length=config.max_passage_length, **cut),
-                "teacher": torch.tensor(np.array(scores, np.float32)),                 # (b, 1+n), NaN: none
-                "seed": hash((config.seed, step, first))})  # of integers: the same in every process
-        return batches
+    def __getitem__(self, step):
+        """The micro-batches, and `known` (B, B·(1+n)): what is relevant, hence no negative."""
+        config, training = self.config, self.training
+        epoch, number = divmod(step - 1, len(training.queries) // config.batch_size)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([config.seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(len(training.queries))
+        chosen = self.order[number * config.batch_size :][: config.batch_size]  # (B,)
+        rows = np.stack([self.draw(int(i), epoch) for i in chosen])  # (B, 1+n)
+        identity = training.identity[rows].ravel()  # (B·(1+n),)
+        positives = [training.identity[training.positives[i]] for i in chosen]
+        known = np.stack([np.isin(identity, own) for own in positives])  # (B, B·(1+n))
+        columns = np.arange(len(rows)) * rows.shape[1]  # (B,) each query's own positive
+        known[np.arange(len(rows)), columns] = False
 
-    def draw(self, i: int, epoch: int) -> tuple[str, list[str], list]:
-        """A query, one of its positives and --negatives of its negatives, drawn each epoch; their scores."""
-        example, count = self.examples[i], self.config.negatives
+        micro_batches = []
+        for start in range(self.first, self.first + self.share, config.micro_batch_size):
+            end = min(start + config.micro_batch_size, self.first + self.share)
+            queries = [config.query_prefix + training.queries[i] for i in chosen[start:end]]
+            texts = passage_texts(training.passages, rows[start:end].ravel())
+            passages = [config.passage_prefix + text for text in texts]
+            batch = {
+                "queries": self.tokenize(queries, config.max_query_length),
+                "passages": self.tokenize(passages, config.max_passage_length),
+            }
+            seeds = np.random.SeedSequence([config.seed, step, start]).generate_state(1)
+            micro_batches.append(batch | {"seed": int(seeds[0])})
+        return micro_batches, torch.from_numpy(known)
+
+    def tokenize(self, texts, max_length):
+        """input_ids and attention_mask (b, L) of texts."""
+        options = {"truncation": True, "padding": True, "return_tensors": "pt"}
+        batch = self.tokenizer(texts, max_length=max_length, **options)
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def draw(self, i, epoch):
+        """The rows of a positive and of n negatives of query i (1+n,), others in each epoch."""
+        training, count = self.training, self.config.negatives
         rng = np.random.default_rng([self.config.seed, epoch, i])
-        positive, pool = rng.integers(len(example["positives"])), example["negatives"]
-        if not len(pool):  # passages of other queries
-            others = map(int, rng.integers(len(self.examples), size=count + 64))
-            found = (self.examples[other]["positives"][0] for other in others)
-            pool = list(islice((one for one in found if one not in example["positives"]), count))
-            if count and not pool:
-                raise UserError(f"--negatives {count}: no passage of another query can be one")
-        picks = rng.choice(len(pool), count, replace=len(pool) < count)
-        passages = [example["positives"][positive], *(pool[pick] for pick in picks)]
-        scores, given = [None] * len(passages), example.get("negatives_scores")
-        if given:
-            scores = [example["positives_scores"][positive], *(given[pick] for pick in picks)]
-        return example["query"], self.task.texts(passages) if self.task else passages, scores
+        positive = rng.choice(training.positives[i], 1)
+        pool = training.negatives[i]
+        if len(pool) == 0:  # positives of other queries
+            others = rng.integers(len(training.queries), size=count)
+            pool = [training.positives[other][0] for other in others]
+        negatives = rng.choice(pool, count, replace=len(pool) < count) if count else []
+        return np.concatenate([positive, negatives]).astype(int)
 
-class BiEncoder(nn.Module):
-    """InfoNCE of queries against the passages of all queries in the step, on all processes (paper §4.2)."""
 
-    def __init__(self, encoder, config: RetrievalConfig):
-        super().__init__()
-        self.encoder, self.config = encoder, config
+def contrastive_loss(queries, passages, known, temperature):
+    """InfoNCE over all passages of a step (section 4.2); the first 1+n are the first query's.
 
-    def forward(self, batches: list[dict]) -> dict:
-        """The losses over all queries of the step, by name, from this process's micro-batches.
+    queries (B, D), passages (B·(1+n), D), known (B, B·(1+n)) bool: relevant, so no negative.
+    """
+    scores = queries @ passages.T / temperature  # (B, B·(1+n))
+    scores = scores.masked_fill(known, -math.inf)
+    group_size = len(passages) // len(queries)
+    targets = torch.arange(len(queries), device=scores.device) * group_size  # (B,)
+    return F.cross_entropy(scores, targets)
 
-        Each process back-propagates through its own vectors: over processes the gradients sum to that of one.
-        All passages of other queries are negatives, as in DPR.
-        """
-        encoded = []
-        for batch in batches:
-            torch.manual_seed(batch["seed"])  # the dropout does not depend on who encodes the micro-batch
-            encoded.append([cls_vectors(self.encoder, batch[side], self.config.similarity)
-                            for side in ("queries", "passages")] + [batch["teacher"].to(self.encoder.device)])
-        queries, passages, teacher = (gather(torch.cat(rows)) for rows in zip(*encoded))
-        with torch.autocast(queries.device.type, enabled=False):  # bf16 keeps 3 digits of a score
-            scores = queries @ passages.T / self.config.temperature                    # (B, B·(1+n))
-        group = teacher.shape[1]
-        own = torch.arange(len(passages), device=scores.device).view(-1, group)        # (B, 1+n) columns
-        losses = {"contrastive_loss": F.cross_entropy(scores, own[:, 0])}
-        scored = ~teacher.isnan().any(1)                                               # (B,)
-        if scored.any():
-            student = scores.gather(1, own)[scored].log_softmax(1)
-            losses["teacher_loss"] = F.kl_div(student, teacher[scored].softmax(1), reduction="batchmean")
-        return losses
 
-def gather(rows):
-    """The rows of all processes, in order, from those of this one (b, ...), which keep their gradient."""
-    everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, rows.detach())
-    everyone[dist.get_rank()] = rows
-    return torch.cat(everyone)                                                         # (B, ...)
+def gather(vectors):
+    """The vectors of all processes in order (B, D); only this one's (b, D) carry a gradient."""
+    everyone = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, vectors.detach())
+    everyone[dist.get_rank()] = vectors
+    return torch.cat(everyone)
 
-def load_examples(config: RetrievalConfig):
-    """The training examples and, unless --train_data has their texts, the task whose passages they name."""
-    if config.train_data:
-        text, number = datasets.Value("string"), datasets.Value("float32")
-        examples, task = cached(read_examples, Path(config.train_data), datasets.Features({
-            "query": text, "positives": [text], "positives_scores": [number],
-            "negatives": [text], "negatives_scores": [number]})), None
-    else:
-        task = load_task(config, config.train_split)
-        examples = judged_examples(config, task)
-    if len(examples) < config.batch_size:
-        raise UserError(f"--batch_size {config.batch_size} is above the {len(examples)} training queries")
-    return examples, task
 
-def finetune(config: RetrievalConfig, device: torch.device) -> None:
-    """Fine-tune --model on the training queries, from the newest checkpoint or the start, into --output."""
-    dtype = bow_mae.compute_dtype(config.precision, device)
-    examples, task = together(load_examples, config, first=True)
-    config = replace(config, steps=config.steps or len(examples) // config.batch_size * config.epochs)
-    checkpoint = together(bow_mae.find_checkpoint, config, first=True)
-    source, longest = checkpoint or config.model, max(config.max_query_length, config.max_passage_length)
-    tokenizer = together(bow_mae.load_tokenizer, source, first=True)
-    lm = together(bow_mae.load_lm, source, tokenizer, longest, config.seed).to(device).train()
-    model = BiEncoder(lm.base_model, config)
-    optimizer, scaler, state = bow_mae.load_optimizer(config, model, checkpoint, device)
-    stream = FinetuningSteps(config, tokenizer, examples, task)
-    loader = iter(torch.utils.data.DataLoader(
-        stream, batch_size=None, sampler=range(state["step"] + 1, config.steps + 1),
-        num_workers=config.workers, worker_init_fn=bow_mae.leave_signals))
-    ddp = bow_mae.wrap_ddp(model, together(stream.__getitem__, 1), device, dtype)
-    together(bow_mae.write_run, config, device, state.get("logged", 0), first=True)
+def encode_pair(encoder, batch):
+    """Vectors of queries (b, D) and passages (b·(1+n), D); the same dropout at each call."""
+    torch.manual_seed(batch["seed"])
+    return encoder(batch["queries"]), encoder(batch["passages"])
 
-    def _step(step):
-        began = time.perf_counter()
-        batches = together(next, loader)
-        waited, lr = time.perf_counter() - began, bow_mae.learning_rate(config, step)
-        masks = [batch[side]["attention_mask"] for batch in batches for side in ("queries", "passages")]
-        sizes = [sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)]
-        tokens, positions = bow_mae.agree(numbers=sizes)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = ddp(batches)
-        loss = sum(losses.values())
-        scaler.scale(loss * dist.get_world_size()).backward()  # DDP divides by the number of processes
-        grad_norm = bow_mae.update(ddp, optimizer, scaler, lr)
-        logged = {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
-        counts = {"tokens": tokens, "positions": positions, "waited": waited}
-        return logged | {"grad_norm": grad_norm, "lr": lr}, counts
 
-    def _save(step):
-        state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        together(bow_mae.save_checkpoint, config, lm, tokenizer, state, config.max_passage_length,
-                 {"dot": "dot", "cos": "cosine"}[config.similarity], first=True)
+def sum_gradients(parameters):
+    """Add up the gradients of all processes, each of which has that of its own vectors."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat, gradients)
 
-    if dist.get_rank() == 0:
-        print(f"fine-tuning {config.model}: {len(examples):,} queries | {config.batch_size} a step, with "
-              f"1 + {config.negatives} passages, on {dist.get_world_size()} process(es) | "
-              f"{config.steps} steps | {device} {dtype}", flush=True)
-    bow_mae.run_steps(config, device, state["step"], _step, _save)
-    together(bow_mae.finish, config, first=True)
 
-# ---- negatives mining
+def plan_steps(config, num_queries):
+    """The config with --steps and --warmup_steps filled in, and warnings about them."""
+    if config.batch_size > num_queries or config.batch_size % dist.get_world_size():
+        message = f"{num_queries} training queries, {dist.get_world_size()} processes"
+        raise UserError(f"--batch_size {config.batch_size} does not fit: {message}")
+    steps = config.steps or num_queries // config.batch_size * config.epochs
+    warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
+    if warmup_steps >= steps:
+        print_once(f"warning: {steps} steps, of which {warmup_steps} are warm-up")
+    if config.train_split == config.split:
+        print_once(f"warning: training on the split that is evaluated, {config.split}")
+    return replace(config, steps=steps, warmup_steps=warmup_steps)
 
-def mine(config: RetrievalConfig, device: torch.device) -> None:
-    """Write output/negatives.jsonl: for each training query, passages not relevant, of ranks --depth."""
-    together(bow_mae.find_checkpoint, config, first=True)
-    task = together(load_task, config, config.train_split, first=True)
-    together(bow_mae.write_run, config, device, first=True)
-    found = retrieve(config, task, device, config.depth[1] + 1)
-    together(write_negatives, config, task, found, first=True)
 
-def write_negatives(config: RetrievalConfig, task: Task, found) -> None:
-    """Draw --sample of the ranks --depth of each query, without its own positives and near-positives."""
-    scores, rows, _ = found
-    path, kept, empty = Path(config.output, "negatives.jsonl"), 0, 0
-    with blame(f"--output {path} cannot be written"), path.with_suffix(".tmp").open("w") as file:
-        for i, (query_id, hits) in enumerate(make_run(task, scores, rows, config.depth[1])):
-            positives = {name for name, grade in task.qrels[query_id].items() if grade > 0}
-            names = [name for name in list(hits)[config.depth[0] - 1 :] if name not in positives]
-            if config.max_positive_ratio and hits:  # an unretrieved positive gets the last score
-                best = max((hits[name] for name in positives & hits.keys()), default=min(hits.values()))
-                most = best - (1 - config.max_positive_ratio) * abs(best)
-                names = [name for name in names if hits[name] <= most]
-            rng, count = np.random.default_rng([config.seed, i]), min(config.sample, len(names))
-            chosen = [names[pick] for pick in sorted(rng.choice(len(names), count, replace=False))]
-            kept, empty = kept + len(chosen), empty + (not chosen)
-            file.write(json.dumps({"query_id": query_id, "negatives": chosen,
-                                   "scores": [hits[name] for name in chosen]}) + "\n")
-    path.with_suffix(".tmp").replace(path)
-    print(f"{kept:,} negatives of {len(task.queries):,} queries in {path}, none of {empty:,}")
+def finetune(config, device):
+    """Fine-tune --model, from the newest checkpoint or the start; the model ends in --output.
+
+    Gradients are cached at the vectors (GradCache, arXiv 2101.06983): the vectors of a step are
+    computed without a graph, the loss is back-propagated to them, and each micro-batch is encoded
+    again with a graph that takes its share on. Loss and gradient are those of one big batch.
+    """
+    # Data, checkpoint and model.
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    lock = bow_mae.prepare_output(config) if rank == 0 else None
+    bow_mae.load_tokenizer(config.model)  # a slip there must not cost the time to read the data
+    training = load_training_set(config)
+    config = plan_steps(config, len(training.queries))
+    checkpoint, state = bow_mae.load_checkpoint(config)
+    encoder = Encoder(config, device, checkpoint or config.model).train()
+    parameters = list(encoder.lm.base_model.parameters())
+    optimizer = bow_mae.build_optimizer(config, encoder.lm.base_model)
+    scaler = torch.amp.GradScaler(device.type, enabled=encoder.dtype == torch.float16)
+    if checkpoint:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    last_step = state.get("step", 0)
+    loader = torch.utils.data.DataLoader(
+        FinetuningSteps(config, encoder.tokenizer, training),
+        batch_size=None,
+        sampler=range(last_step + 1, config.steps + 1),
+        num_workers=config.workers,
+        worker_init_fn=bow_mae.init_worker,
+    )
+
+    # Tell what begins, or goes on.
+    steps_per_epoch = len(training.queries) // config.batch_size
+    print_once(
+        f"{config.steps} steps, {config.warmup_steps} of them warm-up, of {config.batch_size} of "
+        f"{len(training.queries):,} queries, with 1 + {config.negatives} passages each"
+    )
+    if checkpoint:
+        done = "this run is finished" if last_step == config.steps else "resuming"
+        print_once(f"{done}: {last_step} steps are saved in {config.output}")
+    if rank == 0:
+        bow_mae.start_logs(config, device, state.get("log_size", 0))
+
+    counts = Counter()  # since the last line of the log
+    stops = False
+    start = wait_start = time.perf_counter()
+    bar = tqdm(total=config.steps, initial=last_step, unit="step", disable=rank > 0)
+    with bow_mae.StopSignal() as stop_signal, bar:
+        for step, (micro_batches, known) in enumerate(loader, last_step + 1):
+            counts["wait_seconds"] += time.perf_counter() - wait_start
+            for batch in micro_batches:
+                for side in ("queries", "passages"):
+                    counts["tokens"] += int(batch[side]["attention_mask"].sum())
+                    counts["padded_tokens"] += batch[side]["attention_mask"].numel()
+
+            # Encode. A single micro-batch keeps its graph; several are encoded again below.
+            encodes_again = len(micro_batches) > 1
+            with torch.set_grad_enabled(not encodes_again):
+                pairs = [encode_pair(encoder, batch) for batch in micro_batches]
+            queries = torch.cat([pair[0] for pair in pairs]).detach().requires_grad_()  # (b, D)
+            passages = torch.cat([pair[1] for pair in pairs]).detach().requires_grad_()
+
+            # Loss, and its gradient at the vectors.
+            known = known.to(device)
+            loss = contrastive_loss(gather(queries), gather(passages), known, config.temperature)
+            scaler.scale(loss).backward()
+
+            # Backward through the encoder, one micro-batch at a time.
+            query_gradients = queries.grad.split([len(pair[0]) for pair in pairs])
+            passage_gradients = passages.grad.split([len(pair[1]) for pair in pairs])
+            for i, batch in enumerate(micro_batches):
+                pair = encode_pair(encoder, batch) if encodes_again else pairs[i]
+                torch.autograd.backward(pair, (query_gradients[i], passage_gradients[i]))
+            if world_size > 1:
+                sum_gradients(parameters)
+
+            # Update the weights.
+            scaler.unscale_(optimizer)
+            grad_norm = clip_grad_norm_(parameters, 1.0)
+            lr = bow_mae.learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            bar.update()
+
+            # Log the loss of this step, and the rates since the last line.
+            saves = step == config.steps or step % config.save_every == 0
+            if saves or step % config.log_every == 0:
+                received = {"stops": stop_signal.received > 0}
+                sums = bow_mae.sum_over_processes(counts | received)
+                seconds = time.perf_counter() - start
+                record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item()}
+                record |= {"lr": lr, "grad_norm": grad_norm.item()}
+                record["tokens_per_second"] = sums["tokens"] / seconds
+                record["padding_share"] = 1 - sums["tokens"] / sums["padded_tokens"]
+                record["data_wait_share"] = sums["wait_seconds"] / world_size / seconds
+                record["peak_memory_mb"] = bow_mae.peak_memory_mb(device)
+                bow_mae.check_finite(config, record)
+                bar.set_postfix(loss=record["loss"], epoch=record["epoch"])
+                if rank == 0:
+                    bow_mae.append_metrics(config, record)
+                stops = sums["stops"] > 0
+                counts.clear()
+                start = time.perf_counter()
+
+            # Save.
+            if (saves or stops) and rank == 0:
+                state = {"step": step, "optimizer": optimizer.state_dict()}
+                state["scaler"] = scaler.state_dict()
+                pooling = (encoder.pooling, encoder.similarity)
+                model = (encoder.lm, encoder.tokenizer, config.max_passage_length, *pooling)
+                bow_mae.save_checkpoint(config, state, *model)
+            if stops:
+                break
+            wait_start = time.perf_counter()
+
+    # End.
+    if stops:
+        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
+    elif rank == 0:
+        bow_mae.finish_output(config)
+    dist.barrier()  # at the first exit torchrun ends the others
+    if lock:
+        lock.close()
+    if stops:
+        sys.exit(128 + (stop_signal.received or 15))  # as if by SIGTERM
+
+
+# ---- mining
+
+
+def mine(config, device):
+    """Write output/negatives.jsonl: --sample passages of the ranks --depth of each query.
+
+    Left out are the query's own positives, and where it has answers, what holds one of them.
+    """
+    task, encoder, lock = prepare(config, config.train_split, device)
+    found = retrieve(config, task, encoder, config.depth[1] + 1)
+    if found is not None:
+        hits = ranked_hits(task, *found, config.depth[1])
+        write_negatives(config, task, tqdm(hits, "negatives", len(task.queries), unit="query"))
+    dist.barrier()
+
+
+def write_negatives(config, task, ranked):
+    """Choose and write the negatives of (query id, {passage id: score}), best passages first."""
+    path, num_negatives = Path(config.output, "negatives.jsonl"), 0
+    with path.open("w") as file:
+        for i, (query_id, hits) in enumerate(ranked):
+            grades = task.qrels.get(query_id, {})
+            answers = task.answers.get(query_id, [])
+            names = list(hits)[config.depth[0] - 1 :]
+            names = [name for name in names if grades.get(name, 0) < 1]
+            if answers and names:
+                texts = task.passages[[task.rows[name] for name in names]]["text"]
+                pairs = zip(names, texts, strict=True)
+                names = [name for name, text in pairs if not has_answer(text or "", answers)]
+            picks = np.random.default_rng([config.seed, i]).permutation(len(names))
+            chosen = [names[pick] for pick in sorted(picks[: config.sample])]
+            num_negatives += len(chosen)
+            file.write(json.dumps({"query_id": query_id, "negatives": chosen}) + "\n")
+    print(f"{num_negatives:,} negatives of {len(task.queries):,} queries in {path}")
+
 
 # ---- commands
 
-def evaluate(config: RetrievalConfig, device: torch.device) -> dict | None:
-    """Retrieve for the queries of --split and write the metrics; returns their means, on the first."""
-    together(bow_mae.find_checkpoint, config, first=True)
-    task = together(load_task, config, config.split, first=True)
-    other = together(read_run, config.compare, first=True) if config.compare else None
-    together(bow_mae.write_run, config, device, first=True)
-    found = retrieve(config, task, device, config.top_k + 17)  # some more, for ties and identical ids
-    return together(report, config, task, found, other, first=True)
 
-def report(config: RetrievalConfig, task: Task, found, other: dict | None = None) -> dict:
-    """Write run.trec, qrels.trec, per_query.jsonl and metrics.json; returns the means of the metrics."""
-    scores, rows, seconds = found
-    run, output = dict(make_run(task, scores, rows, config.top_k)), Path(config.output)
-    tag = Path(config.model).resolve().name.replace(" ", "_")  # a space would end the field
-    results = evaluate_run(run, task.qrels, config.relevance_level, not task.same_ids)
-    answered = answer_hits(run, task.answers, lambda name: task.passages[task.rows[name]]["text"] or "")
-    means = mean(results) | mean(answered) | {"queries/s": len(run) / seconds}
-    with blame(f"--output {output} cannot be written"):
-        with (output / "run.trec").open("w") as file:
-            file.writelines(f"{query_id} Q0 {name} {rank} {hits[name]!r} {tag}\n"
-                            for query_id, hits in run.items() for rank, name in enumerate(hits, 1))
-        (output / "qrels.trec").write_text("".join(
-            f"{query_id} 0 {name} {grade}\n" for query_id in task.qrels
-            for name, grade in task.qrels[query_id].items()))
-        (output / "per_query.jsonl").write_text("".join(
-            json.dumps({"query_id": name} | results.get(name, {}) | answered.get(name, {})) + "\n"
-            for name in results | answered))
-        bow_mae.write_json(output / "metrics.json", means)
-    bow_mae.print_table({name: {"": value} for name, value in means.items()}, [""], config.model)
-    if other is not None:
-        compare(config, results, evaluate_run(other, task.qrels, config.relevance_level, not task.same_ids))
+def prepare(config, split, device):
+    """The task, the encoder (None for bm25), and the lock on --output, held while in use.
+
+    All that can be refused is refused here.
+    """
+    rank = dist.get_rank()
+    lock = bow_mae.prepare_output(config) if rank == 0 else None
+    encoder = None if config.model == "bm25" else Encoder(config, device)
+    task = load_task(config, split)
+    if encoder is not None:
+        check_index(config, encoder, len(task.passages))
+    if rank == 0:
+        content = {"config": asdict(config), "argv": sys.argv, "device": str(device)}
+        bow_mae.write_json(Path(config.output, "run.json"), content)
+    dist.barrier()
+    return task, encoder, lock
+
+
+def index_passages(config, device):
+    """Encode the passages of --data, which need no queries, and write their index for `search`."""
+    if config.model == "bm25":
+        raise UserError("--model bm25 has no index to write")
+    task, encoder, lock = prepare(config, "", device)
+    write_index(config, encoder, task.passages, build_index(config, encoder, task.passages))
+
+
+def evaluate(config, device):
+    """Retrieve for the queries of --split; write run, metrics and index, return mean metrics."""
+    other = read_run(config.compare) if config.compare else {}
+    task, encoder, lock = prepare(config, config.split, device)
+    found = retrieve(config, task, encoder, config.top_k + 17, writes=True)  # more, for ties
+    if found is None:
+        return None
+    run = dict(ranked_hits(task, *found, config.top_k))
+    output = Path(config.output)
+    tag = "_".join(Path(config.model).resolve().name.split())
+    with (output / "run.trec").open("w") as file:
+        for query_id, hits in run.items():
+            for rank, (name, score) in enumerate(hits.items(), 1):
+                file.write(f"{query_id} Q0 {name} {rank} {score!r} {tag}\n")
+    with (output / "qrels.trec").open("w") as file:
+        for query_id, grades in task.qrels.items():
+            for name, grade in grades.items():
+                file.write(f"{query_id} 0 {name} {grade}\n")
+    results = evaluate_run(run, task.qrels, config.relevance_level, config.top_k)
+    answered = answer_hits(task, run, config.top_k)
+    with (output / "per_query.jsonl").open("w") as file:
+        for query_id in results | answered:
+            values = results.get(query_id, {}) | answered.get(query_id, {})
+            file.write(json.dumps({"query_id": query_id} | values) + "\n")
+    means = mean(results) | mean(answered)
+    bow_mae.write_json(output / "metrics.json", means)
+    rows = {name: {"": value} for name, value in means.items()}
+    bow_mae.print_table(rows, [""], config.model)
+    if len(results) < len(task.qrels):
+        lost = len(task.qrels) - len(results)
+        print_once(f"{lost} queries without a relevant passage are left out; trec_eval counts 0")
+    if other:
+        others = evaluate_run(other, task.qrels, config.relevance_level, config.top_k)
+        compare(config, results, others)
     return means
 
-def compare(config: RetrievalConfig, results: dict, others: dict) -> None:
-    """Print the mean difference of each metric from --compare, with the p-value of a permutation test."""
-    rows = {}
-    for name, ours in mean(results).items():
-        differences = np.array([results[query_id][name] - others[query_id][name] for query_id in results])
-        rows[name] = {"ours": ours, "theirs": ours - differences.mean(), "difference": differences.mean(),
-                      "p": permutation_test(differences, config.seed)}
-    bow_mae.print_table(rows, ["ours", "theirs", "difference", "p"])
-    bow_mae.write_json(Path(config.output, "compare.json"), rows)
 
-def recipe(config: RetrievalConfig, device: torch.device) -> None:
-    """The paper's two stages, each command in a folder of its own under --output, and a table of them."""
-    output, table, model, folder = Path(config.output), {}, config.model, "zero_shot"
-    on = lambda folder, **flags: replace(config, output=str(output / folder), **flags)
-    table["BM25"] = evaluate(on("bm25", model="bm25"), device)
-    table["zero-shot"] = evaluate(on(folder), device)
-    for stage in ("stage1", "stage2"):  # each from the pre-trained model, its negatives from the one before
-        mine(on(folder, model=model), device)
-        negatives = str(output / folder / "negatives.jsonl")
-        finetune(on(f"{stage}/model", negatives_file=negatives), device)
-        folder, model = f"{stage}/test", str(output / stage / "model")
-        table[stage] = evaluate(on(folder, model=model), device)
+def compare(config, results, others):
+    """Print the mean difference of each metric from --compare's, with its p-value."""
+    table, theirs = {}, mean(others)
+    for name, value in mean(results).items():
+        differences = np.array([results[query][name] - others[query][name] for query in results])
+        row = {"ours": value, "theirs": theirs[name], "difference": value - theirs[name]}
+        table[name] = row | {"p": permutation_test(differences, config.seed)}
+    bow_mae.print_table(table, ["ours", "theirs", "difference", "p"], "permutation test")
+    bow_mae.write_json(Path(config.output, "compare.json"), table)
+
+
+def recipe(config, device):
+    """The paper's two stages, each from the pre-trained model, and a table of them.
+
+    Stage 1 has the negatives of BM25, stage 2 those of the model of stage 1.
+    """
+    _, _, lock = prepare(config, config.split, device)
+    plan_steps(config, len(load_task(config, config.train_split).queries))
+    output, table = Path(config.output), {}
+    for name, model in {"bm25": "bm25", "zero_shot": config.model}.items():
+        table[name] = evaluate(replace(config, model=model, output=str(output / name)), device)
+    miner = "bm25"
+    for stage in ("stage1", "stage2"):
+        mined, tuned, tested = (str(output / stage / name) for name in ("mined", "model", "test"))
+        mine(replace(config, model=miner, output=mined), device)
+        negatives = [f"{mined}/negatives.jsonl"]
+        finetune(replace(config, negatives_file=negatives, output=tuned), device)
+        table[stage] = evaluate(replace(config, model=tuned, output=tested), device)
+        miner = tuned
     if dist.get_rank() == 0:
-        bow_mae.print_table(table, ["MRR@10", "nDCG@10", "Recall@100", "Hit@10", "queries/s"])
+        bow_mae.print_table(table, ["MRR@10", "nDCG@10", "Recall@100", "Hit@10"])
         bow_mae.write_json(output / "table.json", table)
 
-def search(config: RetrievalConfig, device: torch.device, text: str) -> None:
-    """Print the ten best passages for a text, or for each line typed, from the index of `evaluate`."""
-    encoder, task = Encoder(config, device), load_task(config, config.split)
-    folder, indexes = Path(config.output, "index"), []
-    for path in sorted(folder.glob("*.json")):
-        with blame(f"--output {path} cannot be read; run `evaluate` again"):
-            saved, index = json.loads(path.read_text()), faiss.read_index(str(path.with_suffix(".faiss")))
-        if (saved.get("model"), saved.get("passages")) != (encoder.key, task.passages._fingerprint):
-            raise UserError(f"--output {path} (dimension {index.d}) is of another --data, --model or its "
-                            f"flags: give those, or run `evaluate` again")
-        indexes.append(index)
-    if not indexes or len(indexes) != saved["processes"]:
-        raise UserError(f"--output {folder} holds no complete index: run `evaluate` with these flags first")
-    with contextlib.suppress(EOFError, KeyboardInterrupt, UnicodeDecodeError):
-        for line in [text] if text else iter(lambda: input("search: ").strip(), ""):
-            vectors = encoder([line], config.max_query_length)
-            scores, rows = merge([index.search(vectors, 10) for index in indexes])
-            for score, row in zip(scores[0].tolist(), rows[0].tolist()):
-                if row >= 0:
-                    passage = " ".join(task.texts([row])[0].split())
-                    print(f"{score:8.3f}  {task.passages[row]['_id']}\n          {passage[:150]}")
 
-def explain(config: RetrievalConfig, device: torch.device, text: str) -> None:
-    """Print a text with the terms its [CLS] holds in colour, the 20 best terms of [CLS] and the coverage."""
+def search(config, device, text):
+    """Print the ten best passages for a text, or for each line of the input, from --output."""
+    folder = Path(config.output, "index")
+    try:
+        saved = json.loads((folder / "index.json").read_text())
+    except OSError as error:
+        raise UserError(f"--output {config.output} has no index: run `index` first") from error
+    config = RetrievalConfig(**saved["config"])
     encoder = Encoder(config, device)
-    tokens = encoder.tokenizer(text, truncation=True, max_length=config.max_passage_length,
-                               return_offsets_mapping=True)
-    input_ids = torch.tensor([tokens["input_ids"]], device=device)
-    special = bow_mae.special_table(encoder.tokenizer, encoder.lm.config.vocab_size).to(device)
+    if encoder.fingerprint != saved["encoder"]:
+        raise UserError(f"--output {folder}: {config.model} has changed, run `index` again")
+    passages = datasets.load_from_disk(folder / "passages")
+    indexes = [faiss.read_index(str(path)) for path in sorted(folder.glob("*.faiss"))]
+    for line in [text] if text else sys.stdin:
+        vectors = encoder.encode([config.query_prefix + line.strip()], config.max_query_length)
+        scores, rows = merge_hits([index.search(vectors, 10) for index in indexes])
+        for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
+            if row >= 0:
+                passage = " ".join(passage_texts(passages, [row])[0].split())
+                print(f"{score:8.3f}  {passages[row]['_id']}\n          {passage[:150]}")
+
+
+def explain(config, device, text):
+    """Print the 20 best terms of a text's [CLS], with those in the text, and the coverage."""
+    encoder = Encoder(config, device)
+    if encoder.lm.base_model is encoder.lm:
+        raise UserError(f"--model {config.model} has no masked-LM head to explain with")
+    tokens = encoder.tokenizer(text, truncation=True, max_length=config.max_passage_length)
+    input_ids = torch.tensor([tokens["input_ids"]], device=device)  # (1, L)
+    special = bow_mae.special_ids(encoder.tokenizer, encoder.lm.config.vocab_size).to(device)
     with torch.no_grad():
-        hidden = encoder.lm.base_model(input_ids).last_hidden_state[:, 0]
-        logits = bow_mae.mlm_head(encoder.lm, hidden).float()                          # (1, V)
-    terms = bow_mae.bag_of_words(input_ids, special)[0]                                # (V,)
-    covered = set(logits[0].topk(int(terms.sum())).indices.tolist())
-    shown, end = "", 0
-    for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"]):
-        piece = text[max(first, end) : last]  # byte-level BPE gives some characters to two tokens
-        held = piece and token in covered and sys.stdout.isatty()
-        shown += text[end:first] + (f"\033[32m{piece}\033[0m" if held else piece)
-        end = max(end, last)
-    print(f"{shown}{text[end:]}\n\n{'term':<20}{'weight':>8}  in the text")
-    weights, best = logits[0].softmax(0).topk(20)
-    for weight, term in zip(weights.tolist(), best.tolist()):
-        name = encoder.tokenizer.convert_ids_to_tokens(term) or "(no token)"
-        print(f"{name:<20}{weight:>8.4f}  {'yes' if terms[term] else ''}")
+        hidden = encoder.lm.base_model(input_ids).last_hidden_state  # (1, L, D)
+        logits = bow_mae.mlm_head(encoder.lm, hidden[:, 0]).float()  # (1, V)
+    terms = bow_mae.bag_of_words(input_ids, special)[0]  # (V,)
     coverage = bow_mae.term_coverage(logits, input_ids, special).item()
-    print(f"\n{coverage:.1%} of the {int(terms.sum())} terms are among the {int(terms.sum())} best")
+    print(f"{coverage:.1%} of the {int(terms.sum())} terms are among as many best terms:")
+    weights, best = logits[0].softmax(0).topk(20)
+    names = encoder.tokenizer.convert_ids_to_tokens(best)
+    for name, weight, term in zip(names, weights.tolist(), best.tolist(), strict=True):
+        print(f"{name!s:<20}{weight:>8.4f}  {'in the text' if terms[term] else ''}")
 
-COMMANDS = {"evaluate": evaluate, "mine": mine, "finetune": finetune, "search": search, "explain": explain}
 
-def main(argv: list[str] | None = None) -> None:
-    """Run a command, or all of the recipe; exits with 2 and one line on an error that the user can fix."""
-    argv = sys.argv[1:] if argv is None else argv
-    words = list(takewhile(lambda word: not word.startswith("-"), argv))  # a command, and perhaps its text
+ENCODER_FLAGS = "model pooling similarity query_prefix passage_prefix max_query_length "
+ENCODER_FLAGS += "max_passage_length precision "
+INDEX_FLAGS = ENCODER_FLAGS + "data output seed index "
+EVALUATE_FLAGS = INDEX_FLAGS + "split top_k relevance_level keep_identical_ids compare "
+MINE_FLAGS = INDEX_FLAGS + "train_split depth sample keep_identical_ids "
+FINETUNE_FLAGS = ENCODER_FLAGS + "data output seed train_split train_data negatives_file negatives "
+FINETUNE_FLAGS += "temperature epochs steps batch_size micro_batch_size lr lr_final_ratio "
+FINETUNE_FLAGS += "warmup_steps weight_decay adam_beta2 workers save_every keep log_every "
+COMMANDS = {
+    "": (recipe, EVALUATE_FLAGS + MINE_FLAGS + FINETUNE_FLAGS),
+    "evaluate": (evaluate, EVALUATE_FLAGS),
+    "index": (index_passages, INDEX_FLAGS),
+    "mine": (mine, MINE_FLAGS),
+    "finetune": (finetune, FINETUNE_FLAGS),
+    "search": (search, "output"),
+    "explain": (explain, ENCODER_FLAGS),
+}
 
-    def _parse():
-        if words and words[0] not in COMMANDS:
-            raise UserError(f"{words[0]}: the commands are {' '.join(COMMANDS)}, or none for all")
-        if len(words) > 1 + (words[:1] in (["search"], ["explain"])):
-            raise UserError(f"{words[-1]!r} is no flag; a text to search or explain needs quotation marks")
-        if words[:1] == ["explain"] and not "".join(words[1:]).strip():
-            raise UserError("explain needs a text, in quotation marks")
-        return bow_mae.parse_config(argv[len(words) :], RetrievalConfig, words[:1] in ([], ["finetune"]))
 
-    with bow_mae.process_group() as device:
-        config, command = together(_parse), COMMANDS[words[0]] if words else recipe
-        if command in (search, explain):
-            together(command, config, device, clean("".join(words[1:])), first=True)
-        else:
-            command(config, device)
+def parse_command(argv):
+    """Command, config, text (if the command takes one) and filled-in flags of a command line."""
+    name, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    if name not in COMMANDS:
+        raise UserError(f"{name}: the commands are{' '.join(COMMANDS)}, or none for the recipe")
+    texts = []
+    if name in ("search", "explain"):
+        texts = [rest.pop(0) if rest and not rest[0].startswith("-") else ""]
+    if name == "explain" and not texts[0]:
+        raise UserError("explain needs a text, in quotation marks")
+    command, flags = COMMANDS[name]
+    chosen = [flag for flag in fields(RetrievalConfig) if flag.name in flags.split()]
+    kind = make_dataclass("Flags", [(flag.name, flag.type, copy(flag)) for flag in chosen])
+    given = vars(bow_mae.parse_config(rest, kind))
+    config = RetrievalConfig(**given)
+    is_short = config.data == "python-docs" and not config.train_data
+    table = SHORT_DEFAULTS if is_short else PAPER_DEFAULTS
+    filled = {flag: table[flag] for flag in table if flag in given and given[flag] is None}
+    config = replace(config, **filled)
+    check_config(config)
+    return command, config, texts, filled
+
+
+def check_config(config):
+    """UserError for values that no command can use."""
+    from_zero = ("seed", "negatives", "warmup_steps", "workers")
+    for flag, value in vars(config).items():
+        least = 0 if flag in from_zero or isinstance(value, float) else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            raise UserError(f"--{flag} {value} must be a finite number, at least {least}")
+    if len(config.depth) != 2 or not 1 <= config.depth[0] <= config.depth[1]:
+        raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
+    if config.temperature == 0:
+        raise UserError("--temperature 0 would divide by zero")
+
+
+def run(argv):
+    """Run the command of a command line, or the recipe."""
+    command, config, texts, filled = parse_command(argv)
+    device = bow_mae.init_distributed()
+    if filled and not texts:
+        print_once(f"not given: {' '.join(f'--{flag} {filled[flag]}' for flag in filled)}")
+    command(config, device, *texts)
+
+
+def main(argv=None):
+    """Run a command; exits with 2 and one line on an error that the user can mend."""
+    bow_mae.run_command(run, sys.argv[1:] if argv is None else argv)
+
 
 if __name__ == "__main__":
     main()
-    bow_mae.leave()
+    # All work is done. Threads that gloo leaves behind would abort some exits of Python.
+    sys.stdout.flush()
+    os._exit(0)
