@@ -10,8 +10,8 @@ A small BERT from scratch, on the documentation of the installed Python packages
 A pre-trained model on your own texts; give the same command again to resume:
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data corpus.jsonl
 
-Reading order: a text becomes sequences (`cut_sequences`), a sequence is masked
-(`whole_word_mask`), the model gives its losses (`BowMAE.forward`), and `train` makes the steps.
+Reading order: `whole_word_mask` and `BowMAE.forward` (the method), then `train` (the steps), then
+`PretrainingStream` (how texts become the batches of a step).
 """
 
 import argparse
@@ -47,6 +47,7 @@ from typing import Literal
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ class Config:
 
     @property
     def num_shards(self) -> int:
-        """Micro-batches of a step: number i of every step comes from shard i of the data."""
+        """Micro-batches of a step. The data has a shard for each: shard i gives number i."""
         return self.batch_size // self.micro_batch_size
 
 
@@ -130,14 +131,14 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
     word_sizes = word_ids.new_zeros(len(word_ids), num_words)  # (B, W)
     word_sizes = word_sizes.scatter_add(1, word_ids, torch.ones_like(word_ids))
     is_long = word_sizes.gather(1, word_ids) > 8  # (B, L)
-    previous_ids = F.pad(word_ids, (1, 0))[:, :-1]  # (B, L)
+    previous_ids = F.pad(word_ids * is_word, (1, 0))[:, :-1]  # (B, L)
     starts_unit = is_word & (is_long | (word_ids != previous_ids))
     units = starts_unit.cumsum(1) * is_word  # (B, L) counts the units from 1
 
-    # Choose exactly the share of the units that draw the lowest numbers.
+    # Give each unit a random number, and choose those with the lowest.
     num_units = starts_unit.sum(1, keepdim=True)  # (B, 1)
     num_chosen = (mask_ratio * num_units).round().clamp(min=1)
-    columns = torch.arange(input_ids.shape[1] + 1, device=device)  # unit 0 is no unit
+    columns = torch.arange(input_ids.shape[1] + 1, device=device)  # 0: tokens in no unit
     draws = torch.rand(len(input_ids), len(columns), generator=generator, device=device)
     draws = draws.masked_fill((columns == 0) | (columns > num_units), 2.0)  # (B, L + 1)
     is_chosen_unit = draws.argsort(1).argsort(1) < num_chosen
@@ -214,8 +215,7 @@ class EnhancedDecoder(nn.Module):
 
     Queries are h_CLS + positions; keys and values are h_CLS and the embeddings of the unmasked
     tokens + positions. Token i sees position 0 and a random half of the others, never itself.
-    That mask is one draw on the device; the original draws it in Python loops, which is where most
-    of its time goes.
+    The mask is drawn at once, on the device; the original's loops in Python take most of its time.
     """
 
     def __init__(self, lm, max_length):
@@ -293,7 +293,7 @@ class BowMAE(nn.Module):
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # all but the last also .gz
 CORPORA = ("corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz")
-OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)")
+OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)", re.I)
 PACKAGES = "pandas numpy networkx transformers torch sympy datasets huggingface_hub"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # of the data's start, see sample_texts
@@ -302,7 +302,7 @@ BUFFER_TEXTS, BUFFER_CHARACTERS = 2048, 2_000_000  # of a shard, tokenised and s
 
 def docstrings(versions):
     """Yield _id (a name), query (first paragraph), text (the rest) of packages' docstrings."""
-    for package in versions:  # {name: version}, of which the cache is a function
+    for package in versions:  # {name: version}; a new version makes the cache build anew
         root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
             parts = [package, *path.relative_to(root).with_suffix("").parts]
@@ -334,8 +334,10 @@ def python_docs():
     arguments = {"versions": {"python": sys.version} | versions}
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
     gc.disable()  # else it looks at every syntax tree, in vain, for most of the time
-    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs=arguments, cache_dir=cache)
-    gc.enable()
+    try:
+        rows = datasets.Dataset.from_generator(docstrings, gen_kwargs=arguments, cache_dir=cache)
+    finally:
+        gc.enable()
     table = rows.to_pandas().drop_duplicates("_id").drop_duplicates("text")
     table = table.drop_duplicates("query", keep=False)
     table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
@@ -356,9 +358,14 @@ def file_format(path):
 
 def is_path(name):
     """Whether a --model or --data can only be a path: a name of the hub has at most one slash."""
-    path = Path(name).expanduser()
+    path = Path(name)
     in_folder = len(path.parts) == 2 and path.parent.is_dir()
-    return in_folder or len(path.parts) > 2 or path.exists() or name[0] in "./~"
+    return in_folder or len(path.parts) > 2 or path.exists() or name[0] in "./"
+
+
+def is_saved_dataset(path):
+    """Whether a folder was written by `save_to_disk` of `datasets`."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
 
 
 def list_files(data):
@@ -367,22 +374,31 @@ def list_files(data):
     Of a folder: the corpus of BEIR or MS MARCO, else all files but hidden ones, those whose names
     tell of a test or validation split, empty ones, and what our own runs have left there.
     """
-    path = Path(data).expanduser()
+    path = Path(data)
     files = [path / name for name in CORPORA if (path / name).is_file()][:1]
     if path.is_dir() and not files:
-        if list(path.glob("dataset_*.json")):  # written by save_to_disk
+        if is_saved_dataset(path):
             return []
         runs = {file.parent for file in path.rglob("run.json")}
-        for file in path.rglob("*"):
-            is_ours = not OTHER_FILES.search(file.relative_to(path).as_posix())
-            if is_ours and file_format(file) in FORMATS and not runs & {*file.parents}:
-                files.append(file)
+        found = [file for file in path.rglob("*") if file_format(file) in FORMATS]
+        found = [file for file in found if not runs & {*file.parents}]
+        files = [file for file in found if not OTHER_FILES.search(str(file.relative_to(path)))]
+        if len(files) < len(found):
+            left_out = min(set(found) - set(files))
+            count = len(found) - len(files)
+            print_once(
+                f"note: {count} hidden, test or validation files are left out: {left_out} ..."
+            )
     elif not files and (is_path(data) or glob.has_magic(data)):
-        files = [path] if path.is_file() else [Path(name) for name in glob.glob(str(path))]
+        files = (
+            [path] if path.is_file() else [Path(name) for name in glob.glob(data, recursive=True)]
+        )
     elif not files:
         return []
     files = [file for file in files if file.is_file() and file.stat().st_size]
-    formats = " and ".join(sorted({file_format(file) for file in files})) or "no training file"
+    if all(file.suffix == ".parquet" for file in files):
+        files = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
     if formats not in FORMATS:
         known = f"{' '.join(FORMATS)} (all but the last also .gz)"
         raise UserError(f"--data {data}: found {formats}, not files of one format of {known}")
@@ -399,8 +415,16 @@ def parse_record(line, kind):
     if kind == ".txt":
         return {"text": text}
     if kind == ".tsv":
-        return dict(zip(("_id", "text"), text.split("\t", 1), strict=True))
-    return dict(json.loads(text))
+        passage_id, tab, text = text.partition("\t")
+        if not tab:
+            raise ValueError("no tab between an _id and a text")
+        return {"_id": passage_id, "text": text}
+    if text.lstrip().startswith("["):
+        raise ValueError("an array, not an object a line: convert it to JSON lines")
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError("not an object {...}")
+    return record
 
 
 def read_records(file, first=0, stride=1):
@@ -429,18 +453,20 @@ def join_columns(record, columns, place):
     if not all(isinstance(value, str) for value in values):
         raise UserError(f"{place}: {values!r:.80} in {' '.join(columns)} is not text")
     text = " ".join(value for value in values if value).strip()
-    return {"text": text.encode(errors="replace").decode()}  # half a surrogate pair is no text
+    return {"text": text.encode(errors="replace").decode()}  # for half a surrogate pair
 
 
 def read_texts(files, columns, first, stride):
     """Yield {"text": ...} of every stride-th line of each file, from the first on."""
     for file in files:
-        for number, record in read_records(file, first, stride):
+        # Else small files would give all their lines to the first shards.
+        first_line = (first + zlib.crc32(Path(file).name.encode())) % stride
+        for number, record in read_records(file, first_line, stride):
             yield join_columns(record, columns, f"{file}, line {number}")
 
 
 def open_tables(config, files, num_shards):
-    """The whole of --data, where it is not files of lines, as a stream of `datasets`."""
+    """All of --data as a stream, where it is parquet, saved, on the hub, or python-docs."""
     if files:
         options = {"data_files": files, "columns": config.text_columns, "split": "train"}
         stream = datasets.load_dataset("parquet", streaming=True, **options)
@@ -459,14 +485,17 @@ def open_stream(config, files, shard=0, num_shards=1):
     A shard reads files, row groups or rows of its own where there are enough of them; else it
     reads all, and keeps one record in num_shards. UserError if --data lacks a column.
     """
-    columns = tuple(config.text_columns)
+    columns = tuple(config.text_columns)  # a list would be taken for shards
     is_lines = bool(files) and file_format(files[0]) != ".parquet"
     if is_lines:
-        first_records = itertools.islice(read_records(files[0]), 100)
-        found = sorted({name for _, record in first_records for name in record})
+        records = itertools.chain.from_iterable(map(read_records, files))
+        found = sorted({name for _, record in itertools.islice(records, 100) for name in record})
     else:
-        stream = open_tables(config, files, num_shards)
-        found = stream.column_names or sorted(next(iter(stream)))
+        try:
+            stream = open_tables(config, files, num_shards)
+            found = stream.column_names or sorted(next(iter(stream)))
+        except (ValueError, KeyError, IndexError) as error:
+            raise UserError(f"--data {config.data}: {short_reason(error)}") from error
     if not set(columns) <= set(found):
         raise UserError(f"--data {config.data} has the columns {found}, not {' '.join(columns)}")
     if is_lines:
@@ -499,7 +528,7 @@ def sample_texts(config, files):
     if len(texts) < 100:
         print_once(f"note: nothing is held out for evaluation, as there are {len(texts)} texts")
         return texts, 0.0
-    return texts, min(max(100 / len(texts), 1 / 1000), 1 / 10)
+    return texts, float(np.clip(100 / len(texts), 1 / 1000, 1 / 10))
 
 
 # ---- data: batches
@@ -542,7 +571,7 @@ def collate(sequences, tokenizer, mask_ratio, seed):
     input_ids, chosen = whole_word_mask(original_ids, word_ids, tokenizer, mask_ratio, generator)
     is_word = ~special_ids(tokenizer, len(tokenizer))[original_ids]  # (B, L)
     batch = {"original_ids": original_ids, "input_ids": input_ids}
-    # None: to look for zeros in a mask of ones would make a GPU wait in every forward pass.
+    # None where nothing is padded: else the GPU waits while the model looks for padding.
     batch["attention_mask"] = None if attention_mask.all() else attention_mask
     batch["masked_positions"] = chosen.flatten().nonzero().squeeze(1)  # (M,)
     batch["word_positions"] = is_word.flatten().nonzero().squeeze(1)  # (N,)
@@ -552,9 +581,9 @@ def collate(sequences, tokenizer, mask_ratio, seed):
 class PretrainingStream(torch.utils.data.IterableDataset):
     """The micro-batches of some shards of the data, one of each shard in turn, without end.
 
-    What a shard yields is a function of (data, seed, step, shard), not of the process that reads
-    it. With a micro-batch comes the position from which its shard resumes: the epoch, the state of
-    `datasets` at the start of the buffer of texts, and the step of the buffer's first batch.
+    What a shard yields depends only on (data, seed, step, shard), not on the process. A micro-batch
+    comes with the position from which its shard resumes: the epoch, the state of `datasets` before
+    the buffer of texts that it is from, and the step of that buffer's first batch.
     """
 
     def __init__(self, config, tokenizer, files, held_out_share, shards, state):
@@ -566,37 +595,36 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         shards = self.shards[worker.id :: worker.num_workers] if worker else self.shards
-        for micro_batches in zip(*map(self.read_shard, shards), strict=True):
-            yield from micro_batches
+        for reader in itertools.cycle([self.read_shard(shard) for shard in shards]):
+            yield next(reader)
 
     def read_shard(self, shard):
         """Yield (info, batch) for each step from first_step on."""
         config = self.config
-        epoch, state, step = self.positions.get(shard, (0, None, 1))
+        epoch, data_state, step = self.positions.get(shard, (0, None, 1))
         while True:
             epoch_start = step
             stream = open_stream(config, self.files, shard, config.num_shards)
             stream = stream.shuffle(config.seed, buffer_size=1, max_buffer_input_shards=1)
-            stream.set_epoch(epoch)  # each epoch has its own order of the files or row groups
-            if state:
-                stream.load_state_dict(state)
-            state = stream.state_dict()
-            batches = stream.iter(batch_size=16)  # __iter__ would divide it among workers again
+            stream.set_epoch(epoch)  # another order of files or row groups in each
+            if data_state:
+                stream.load_state_dict(data_state)
+            batches = stream.iter(batch_size=1)  # __iter__ would split it among workers again
             while texts := self.read_buffer(batches):
-                position = (epoch, state, step)
+                position = (epoch, data_state, step)
                 for sequences in self.make_batches(texts, shard, step):
                     if step >= self.first_step:
                         numbers = np.random.SeedSequence([config.seed, step, shard])
-                        seed = int(numbers.generate_state(1)[0])
-                        info = {"shard": shard, "position": position, "seed": seed}
+                        seed, model_seed = numbers.generate_state(2).tolist()
+                        info = {"shard": shard, "position": position, "seed": model_seed}
                         info["num_tokens"] = sum(len(token_ids) for token_ids, _ in sequences)
                         yield info, collate(sequences, self.tokenizer, config.mask_ratio, seed)
                     step += 1
-                state = stream.state_dict()
+                data_state = stream.state_dict()
             if step == epoch_start:
                 message = f"--data {config.data} has too few texts for {config.num_shards} shards"
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
-            epoch, state = epoch + 1, None
+            epoch, data_state = epoch + 1, None
 
     def read_buffer(self, batches):
         """The next texts to train on, as many as a buffer takes; [] at the end of the shard."""
@@ -616,13 +644,15 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         """Yield the batches of a buffer, of sequences of like length, in a random order."""
         config = self.config
         sequences = cut_sequences(texts, self.tokenizer, config.max_length)
+        if not sequences:
+            return
         order = np.random.default_rng([config.seed, shard, first_step]).permutation(len(sequences))
         sequences = sorted((sequences[i] for i in order), key=lambda sequence: len(sequence[0]))
         count = math.ceil(len(sequences) / config.micro_batch_size)
-        bounds = [len(sequences) * i // max(count, 1) for i in range(count + 1)]
+        bounds = [len(sequences) * i // count for i in range(count + 1)]
         batches = [sequences[start:end] for start, end in itertools.pairwise(bounds)]
         for step in range(first_step, first_step + count):
-            # One draw for all shards: they meet alike lengths, and no process waits for another.
+            # All shards share this draw: they get alike lengths, and no process waits for another.
             draw = np.random.default_rng([config.seed, step]).random()
             yield batches.pop(int(draw * len(batches)))
 
@@ -650,11 +680,11 @@ def make_loader(config, tokenizer, files, held_out_share, state, device):
     num_workers = math.gcd(config.workers, share) if config.workers else 0
     options = {"num_workers": num_workers, "worker_init_fn": init_worker}
     if num_workers:
-        # A worker makes a buffer of batches at a time: two in store, so that training never waits.
+        # A worker makes a buffer of batches at once; two in store, and training never waits.
         buffers = 2 * math.ceil(BUFFER_TEXTS / config.micro_batch_size)
         options["prefetch_factor"] = buffers * share // num_workers
-    pin_memory = device.type == "cuda"
-    yield from torch.utils.data.DataLoader(stream, None, pin_memory=pin_memory, **options)
+    options["pin_memory"] = device.type == "cuda"
+    yield from torch.utils.data.DataLoader(stream, batch_size=None, **options)
 
 
 # ---- tokenizer and model
@@ -710,13 +740,12 @@ def fresh_lm(config, tokenizer):
 
 def load_tokenizer(source):
     """The tokenizer of a model's folder or hub name; UserError if it cannot serve."""
-    if is_path(source) and not Path(source).expanduser().is_dir():
+    if is_path(source) and not Path(source).is_dir():
         raise UserError(f"--model {source}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {source} has no tokenizer here: {reason}") from error
+        raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
     if not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token):
         raise UserError(f"--model {source}: its tokenizer is not fast, or lacks [MASK] or [PAD]")
     if tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
@@ -735,18 +764,20 @@ def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
     options = {"dtype": torch.float32, "output_loading_info": True}
     try:
         lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
-        assert not report["missing_keys"], f"it lacks {min(report['missing_keys'])}"
+        if report["missing_keys"]:
+            raise ValueError(f"it lacks {min(report['missing_keys'])}")
         input_ids = torch.full((1, max_length), len(tokenizer) - 1)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (1, L, V)
             torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
         logits.sum().backward()
         for name, weight in lm.named_parameters():
-            assert weight.grad is not None, f"{name} gets no gradient"
+            if weight.grad is None:
+                raise ValueError(f"{name} gets no gradient")
     except Exception as error:  # whatever a model that is not meant for this raises
         raise UserError(
-            f"--model {source} is no masked LM of BERT, RoBERTa, DistilBERT or ModernBERT for "
-            f"--max_length {max_length}: {str(error).strip().splitlines()[0]}"
+            f"{source} is damaged, or no masked LM of BERT, RoBERTa, DistilBERT or ModernBERT for "
+            f"--max_length {max_length}: {short_reason(error)}"
         ) from error
     lm.zero_grad()
     return lm
@@ -764,6 +795,12 @@ def print_once(message):
         print(message, flush=True)
 
 
+def short_reason(error):
+    """One line of an error; that of a data-loader process has the cause in its last line."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else lines[0]
+
+
 def write_json(path, content):
     """Write a JSON file whole or not at all."""
     temporary = Path(f"{path}.tmp")
@@ -777,7 +814,7 @@ def prepare_output(config):
     output.mkdir(parents=True, exist_ok=True)
     run = output / "run.json"
     if run.exists():
-        is_ours = json.loads(run.read_text())["config"].keys() == asdict(config).keys()
+        is_ours = json.loads(run.read_text()).get("config", {}).keys() == asdict(config).keys()
     else:
         is_ours = {path.name for path in output.iterdir()} <= {".lock"}
     if not is_ours:
@@ -857,7 +894,7 @@ def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", sim
         write_model(temporary, lm, tokenizer, max_length, pooling, similarity)
         torch.save(state, temporary / "training_state.pt")
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{target} cannot be written, the one before is whole: {error}") from error
+        raise UserError(f"{target} cannot be written; earlier ones are whole: {error}") from error
     os.sync()
     temporary.rename(target)
     for old in list_checkpoints(config.output)[: -config.keep]:
@@ -883,11 +920,11 @@ def start_logs(config, device, log_size):
     content |= {"device": str(device), "world_size": dist.get_world_size()}
     write_json(Path(config.output, "run.json"), content)
     with Path(config.output, "metrics.jsonl").open("a") as file:
-        file.truncate(log_size)
+        file.truncate(min(log_size, file.tell()))
 
 
 def append_metrics(config, record):
-    """Append a line to metrics.jsonl. What is no number, as a norm that overflowed, is null."""
+    """Append a line to metrics.jsonl; infinite values and NaN become null."""
     record = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with Path(config.output, "metrics.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -912,8 +949,8 @@ def peak_memory_mb(device):
 
 # ---- training
 
-# Of flags that are not given: the paper's values for a pre-trained model, and those of a run of
-# minutes for a fresh one.
+# Defaults of flags that are not given: the paper's values for a pre-trained model, and those of a
+# run of minutes for a fresh one.
 PRETRAINED_DEFAULTS = {"max_length": 144, "steps": 80_000, "batch_size": 256, "lr": 3e-4}
 PRETRAINED_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.1, "adam_beta2": 0.999}
 PRETRAINED_DEFAULTS |= {"workers": 1}
@@ -942,13 +979,16 @@ def complete_config(config):
     table = table | {"warmup_steps": (config.steps or table["steps"]) // 20}
     filled = {name: value for name, value in table.items() if getattr(config, name) is None}
     vars(config).update(filled)
+    for name in ("data", "model", "output"):
+        setattr(config, name, os.path.expanduser(getattr(config, name)))
     least = {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0}
     for name, value in vars(config).items():
         lowest = least.get(name, 0 if isinstance(value, float) else 1)
         if type(value) in (int, float) and not lowest <= value < math.inf:
             raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
-    if not 0 < config.mask_ratio < 1:
-        raise UserError(f"--mask_ratio {config.mask_ratio} must lie between 0 and 1")
+    for name in ("mask_ratio", "adam_beta2"):
+        if not 0 < getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
     if config.warmup_steps >= config.steps:
         raise UserError(f"--warmup_steps {config.warmup_steps} is not below --steps {config.steps}")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -962,8 +1002,9 @@ def init_distributed():
     """Join the processes of torchrun, or be a group of one; returns the device of this process."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
-    if "RANK" in os.environ and missing:
-        raise UserError(f"RANK is set but {missing[0]} is not: use torchrun, or unset RANK")
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if given and missing:
+        raise UserError(f"{given[0]} is set but {missing[0]} is not: use torchrun, or unset it")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1025,7 +1066,7 @@ class StopSignal:
         return self
 
     def note(self, number, frame):
-        """Handle a signal; one within two seconds is the same, handed on by torchrun."""
+        """Handle a signal; a second one within two seconds is torchrun's copy of the first."""
         if time.monotonic() > self.time + 2:
             sys.exit(128 + number)
         self.received, self.time = number, time.monotonic()
@@ -1047,7 +1088,8 @@ def prepare_data(config):
     files = list_files(config.data)
     if len(files) > 1:
         print_once(f"reading {len(files)} files of {config.data}, from {files[0]} to {files[-1]}")
-    return files, *sample_texts(config, files)
+    texts, held_out_share = sample_texts(config, files)
+    return files, texts, held_out_share
 
 
 def prepare_model(config, checkpoint, texts, device):
@@ -1116,9 +1158,21 @@ def check_finite(config, record):
     """UserError where a loss, or the norm of a gradient, is not finite."""
     for name, value in record.items():
         # The scaler of fp16 skips steps whose gradient overflows.
-        if not math.isfinite(value) and (name, config.precision) != ("grad_norm", "fp16"):
-            message = f"{name} is {value} at step {record['step']}, the last checkpoint is whole"
+        is_skipped = name == "grad_norm" and config.precision == "fp16"
+        if not math.isfinite(value) and not is_skipped:
+            message = f"{name} is {value} at step {record['step']}; earlier checkpoints are whole"
             raise UserError(f"{message}: lower --lr or set --precision fp32, with a new --output")
+
+
+def check_resume(state, file_sizes):
+    """UserError where processes see different checkpoints; a warning of data that has changed."""
+    steps = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, state.get("step", 0))
+    if len(set(steps)) > 1:
+        raise UserError(f"processes see the checkpoints {steps}: put --output on a disk they share")
+    changed = set(file_sizes.items()) ^ set(state.get("file_sizes", file_sizes).items())
+    for file in sorted({file for file, _ in changed}):
+        print_once(f"warning: --data has changed since the checkpoint: {file}")
 
 
 def print_start(config, filled, model, dtype, device, last_step):
@@ -1163,8 +1217,8 @@ def train(config, filled, device):
     checkpoint, state = load_checkpoint(config)
     files, texts, held_out_share = prepare_data(config)
     file_sizes = {file: os.path.getsize(file) for file in files}
-    for file, _ in set(file_sizes.items()) ^ set(state.get("file_sizes", file_sizes).items()):
-        print_once(f"warning: --data has changed since the checkpoint: {file}")
+    check_resume(state, file_sizes)
+    held_out_share = state.get("held_out_share", held_out_share)
 
     # Model, optimizer and loader.
     tokenizer, model = prepare_model(config, checkpoint, texts, device)
@@ -1190,7 +1244,7 @@ def train(config, filled, device):
 
     num_micro_batches = config.num_shards // world_size
     positions = {}  # from which the shards of this process resume
-    counts = Counter()  # since the last line of the log
+    counts = Counter()  # sums since the last line of the log
     start = time.perf_counter()
     stops = False
     bar = tqdm(total=config.steps, initial=last_step, unit="step", disable=rank > 0)
@@ -1207,10 +1261,10 @@ def train(config, filled, device):
                 counts["tokens"] += info["num_tokens"]
                 counts["padded_tokens"] += batch["input_ids"].numel()
 
-                torch.manual_seed(info["seed"])  # for dropout: of (seed, step, shard) alone
+                torch.manual_seed(info["seed"])  # so dropout depends on (seed, step, shard) only
                 ddp.require_backward_grad_sync = index == num_micro_batches - 1
                 with autocast:
-                    losses = ddp(**batch.to(device))
+                    losses = ddp(**batch.to(device, non_blocking=True))
                 loss = losses["mlm_loss"]
                 if config.objective == "bow":
                     loss = loss + bow_weight * losses["bow_loss"]
@@ -1231,15 +1285,14 @@ def train(config, filled, device):
             optimizer.zero_grad()
             bar.update()
 
-            is_last = step == config.steps
-            saves = is_last or step % config.save_every == 0
-            evaluates = is_last or step % config.eval_every == 0
+            saves = step % config.save_every == 0 or step == config.steps
+            evaluates = step % config.eval_every == 0 or step == config.steps
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
 
             # Log the losses of this step, and the rates since the last line.
             sums = sum_over_processes({**step_losses, **counts, "stops": stop_signal.received > 0})
-            seconds = time.perf_counter() - start  # to read the losses has waited for the device
+            seconds = time.perf_counter() - start  # the sum above waited for the device
             record = {"step": step, "epoch": info["position"][0]}
             record |= {name: sums[name] / world_size for name in step_losses}
             record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
@@ -1264,7 +1317,8 @@ def train(config, filled, device):
                 all_positions = [None] * world_size
                 dist.all_gather_object(all_positions, positions)
                 state = {"step": step, "positions": dict(ChainMap(*all_positions))}
-                state |= {"file_sizes": file_sizes, "decoder": model.decoder.state_dict()}
+                state |= {"file_sizes": file_sizes, "held_out_share": held_out_share}
+                state["decoder"] = model.decoder.state_dict()
                 state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 if rank == 0:
                     save_checkpoint(config, state, model.lm, tokenizer, config.max_length)
@@ -1279,7 +1333,7 @@ def train(config, filled, device):
     elif rank == 0:
         finish_output(config)
         print_results(config)
-    dist.barrier()  # at the first exit torchrun ends the others
+    dist.barrier()  # torchrun ends the others at the first exit
     del lock  # --output is free
     if stops:
         sys.exit(128 + (stop_signal.received or signal.SIGTERM))
@@ -1309,7 +1363,7 @@ def bench(config, device):
 
     results = {objective: [] for objective in runs}
     for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
-        for objective in list(runs)[:: (-1) ** turn]:
+        for objective in runs if turn % 2 == 0 else reversed(runs):
             results[objective].append(
                 bench_steps(*runs[objective], micro_batches, device, autocast)
             )
@@ -1354,8 +1408,8 @@ EXPECTED_ERRORS = (UserError, OSError, DatasetsError, ArrowException)
 def run_command(command, *arguments):
     """Run a command. An error that a user can mend becomes one line and exit code 2.
 
-    Under torchrun, the first process tells such an error at once; all else waits before it is
-    told, as torchrun then ends the others: what all have met, or a lost peer, is not told again.
+    Under torchrun the first process prints such an error at once. Any other waits five seconds,
+    in which torchrun ends the other processes: so nothing is printed once for each of them.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     level = datasets.logging.get_verbosity()
@@ -1371,9 +1425,7 @@ def run_command(command, *arguments):
             time.sleep(5)
         if not is_expected:
             raise
-        # The message of a loader process has its traceback before it.
-        message = str(error).split("UserError: ")[-1].strip()
-        print(f"error: {message.splitlines()[0]}", file=sys.stderr, flush=True)
+        print(f"error: {short_reason(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         datasets.logging.set_verbosity(level)

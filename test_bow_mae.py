@@ -367,6 +367,15 @@ def test_an_unknown_word_is_not_masked():
     assert chosen[:, 1].all() and not chosen[:, 2].any()
 
 
+def test_a_word_that_begins_with_an_unknown_character_is_a_word_of_its_own():
+    tokenizer = word_tokenizer(WORDS)
+    unknown, baba, keke = tokenizer("x baba keke")["input_ids"][1:-1]
+    input_ids = torch.tensor([[2, unknown, baba, unknown, keke, 3]]).expand(50, -1)
+    word_ids = torch.tensor([[0, 1, 1, 2, 2, 0]]).expand(50, -1)
+    chosen = bow_mae.whole_word_mask(input_ids, word_ids, tokenizer, 0.5)[1]
+    assert (chosen[:, 2] ^ chosen[:, 4]).all() and chosen[:, 2].any() and chosen[:, 4].any()
+
+
 def test_at_least_one_word_of_each_sequence_is_masked():
     texts = [WORDS[0], " ".join(WORDS[:9])]
     assert mask(word_tokenizer(WORDS), texts, ratio=0.001)[2].sum(1).tolist() == [1, 1]
@@ -664,6 +673,35 @@ def test_a_stream_resumes_at_every_step(write, named, tmp_path):
                 assert torch.equal(one["input_ids"], other["input_ids"])
 
 
+@pytest.mark.parametrize("write", [write_text_file, write_parquet])
+def test_a_stream_resumes_twice_inside_a_buffer(write, named, tmp_path):
+    """The position that a resumed stream gives is right too."""
+    texts, tokenizer = named
+    data = write_parts(tmp_path / "data", texts[:300], 1, write)
+    config = Config(data=str(data), max_length=64, batch_size=2, micro_batch_size=2)
+    files = bow_mae.list_files(config.data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bow_mae, "BUFFER_TEXTS", 100)
+        stream = PretrainingStream(config, tokenizer, files, 0.0, [0], {})
+        expected = [batch["input_ids"] for _, batch in itertools.islice(stream, 100)]
+        found, state = [], {}
+        for step in (60, 65, 70, 100):
+            stream = PretrainingStream(config, tokenizer, files, 0.0, [0], state)
+            for info, batch in itertools.islice(stream, step - len(found)):
+                found.append(batch["input_ids"])
+                state = {"step": step, "positions": {0: info["position"]}}
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_small_files_are_shared_by_all_shards(tmp_path):
+    """Of 40 files of 3 lines and 64 shards, where each file would begin with the first shards."""
+    data = write_parts(tmp_path / "data", make_texts(120, longest=5), 40, write_text_file)
+    config = Config(data=str(data), batch_size=64, micro_batch_size=1)
+    files = bow_mae.list_files(config.data)
+    counts = [len(list(bow_mae.open_stream(config, files, shard, 64))) for shard in range(64)]
+    assert sum(counts) == 120 and max(counts) < 10
+
+
 def test_held_out_texts_are_not_trained_on(named, tmp_path):
     texts, tokenizer = named
     data = str(tmp_path / "a.txt")
@@ -752,6 +790,28 @@ def test_what_a_run_left_in_the_folder_of_the_data_is_no_data(unbroken, tmp_path
     write_jsonl(tmp_path / "a.jsonl", make_texts(5))
     shutil.copytree(unbroken, tmp_path / "out")
     assert bow_mae.list_files(str(tmp_path)) == [str(tmp_path / "a.jsonl")]
+
+
+def test_files_that_are_left_out_are_counted(tmp_path, capfd):
+    for name in ("a.jsonl", "TEST.jsonl", ".hidden.jsonl"):
+        write_jsonl(tmp_path / name, make_texts(5))
+    assert bow_mae.list_files(str(tmp_path)) == [str(tmp_path / "a.jsonl")]
+    assert "2 hidden, test or validation files are left out" in capfd.readouterr().out
+
+
+def test_a_glob_reaches_into_folders(tmp_path):
+    (tmp_path / "deep").mkdir()
+    paths = [write_jsonl(tmp_path / name, make_texts(5)) for name in ("a.jsonl", "deep/b.jsonl")]
+    assert bow_mae.list_files(f"{tmp_path}/**/*.jsonl") == paths
+
+
+def test_an_empty_parquet_file_is_passed_over(tmp_path):
+    texts = make_texts(30, longest=10)
+    write_parquet(tmp_path / "part-1", texts)
+    features = datasets.Features({"text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"text": []}, features)
+    table.to_parquet(tmp_path / "part-0.parquet")
+    assert read_texts(word_tokenizer(WORDS), tmp_path) == sorted(texts)
 
 
 def test_a_carriage_return_in_a_passage_does_not_end_it(tmp_path):
@@ -1348,7 +1408,7 @@ BAD_FILES = {  # name, content, what the message must say
     "number": ("a.jsonl", GOOD + '{"text": 7}\n', "a.jsonl, line 121: [7] in text is not text"),
     "list": ("a.jsonl", GOOD + '{"text": ["ba"]}\n', "a.jsonl, line 121"),
     "no object": ("a.jsonl", GOOD + "[1, 2]\n", "a.jsonl, line 121"),
-    "an array": ("a.json", json.dumps([{"text": "ba"}] * 9, indent=1), "a.json, line 1"),
+    "an array": ("a.json", json.dumps([{"text": "ba"}] * 9, indent=1), "convert it to JSON lines"),
     "a field too many": ("a.csv", "text\nba\nke,di\n", "a.csv"),
     "latin-1 json": ("a.jsonl", (GOOD + '{"text": "café"}\n').encode("latin-1"), "line 121"),
     "latin-1 text": ("a.txt", "ba ke\ncafé\n".encode("latin-1"), "a.txt, line 2"),
