@@ -19,6 +19,7 @@ import ast
 import contextlib
 import csv
 import fcntl
+import functools
 import gc
 import glob
 import gzip
@@ -325,6 +326,7 @@ def docstrings(versions):
                     yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
 
 
+@functools.cache
 def python_docs():
     """The documentation of Python and PACKAGES: some 24,000 rows of _id, query, text, shuffled.
 
@@ -672,19 +674,29 @@ def exit_with(parent):
     os._exit(1)
 
 
-def make_loader(config, tokenizer, files, held_out_share, state, device):
+def to_arrays(item):
+    """A micro-batch as arrays: a worker hands on a tensor by a file, which takes it longer."""
+    info, batch = item
+    return info, {name: None if rows is None else rows.numpy() for name, rows in batch.items()}
+
+
+def make_loader(config, tokenizer, files, held_out_share, state):
     """Yield the micro-batches of this process's shards, from the step after a checkpoint on."""
     share = config.num_shards // dist.get_world_size()
     shards = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     stream = PretrainingStream(config, tokenizer, files, held_out_share, shards, state)
     num_workers = math.gcd(config.workers, share) if config.workers else 0
-    options = {"num_workers": num_workers, "worker_init_fn": init_worker}
+    options = {"num_workers": num_workers, "worker_init_fn": init_worker, "collate_fn": to_arrays}
     if num_workers:
         # A worker makes a buffer of batches at once; two in store, and training never waits.
-        buffers = 2 * math.ceil(BUFFER_TEXTS / config.micro_batch_size)
-        options["prefetch_factor"] = buffers * share // num_workers
-    options["pin_memory"] = device.type == "cuda"
-    yield from torch.utils.data.DataLoader(stream, batch_size=None, **options)
+        sequences = BUFFER_TEXTS + BUFFER_CHARACTERS // (4 * config.max_length)
+        batches = math.ceil(sequences / config.micro_batch_size)
+        options["prefetch_factor"] = 2 * batches * share // num_workers
+    for info, arrays in torch.utils.data.DataLoader(stream, batch_size=None, **options):
+        batch = BatchEncoding()
+        for name, array in arrays.items():
+            batch[name] = None if array is None else torch.from_numpy(array)
+        yield info, batch
 
 
 # ---- tokenizer and model
@@ -1231,7 +1243,7 @@ def train(config, filled, device):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     ddp = wrap_ddp(model, config.compile)
-    loader = make_loader(config, tokenizer, files, held_out_share, state, device)
+    loader = make_loader(config, tokenizer, files, held_out_share, state)
     held_out = held_out_batches(config, tokenizer, texts, held_out_share)
     del texts
 
@@ -1357,7 +1369,7 @@ def bench(config, device):
         own_config = replace(config, objective=objective)
         tokenizer, model = prepare_model(own_config, None, texts, device)
         runs[objective] = (wrap_ddp(model, config.compile), build_optimizer(config, model))
-    loader = make_loader(config, tokenizer, files, 0.0, {}, device)
+    loader = make_loader(config, tokenizer, files, 0.0, {})
     share = config.num_shards // dist.get_world_size()
     micro_batches = [next(loader) for _ in range(4 * share)]
 

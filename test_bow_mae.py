@@ -893,13 +893,22 @@ def test_docstrings_are_split_into_query_and_text(tmp_path, monkeypatch):
     assert list(bow_mae.docstrings({"spoons": "1.0"})) == [spoons, fill]
 
 
-def test_python_docs_name_each_text_once_and_are_cached(monkeypatch):
+@pytest.fixture
+def small_docs(monkeypatch):
+    """The documentation of Python and of one package."""
     monkeypatch.setattr(bow_mae, "PACKAGES", "huggingface_hub")
+    bow_mae.python_docs.cache_clear()
+    yield
+    bow_mae.python_docs.cache_clear()
+
+
+def test_python_docs_name_each_text_once_and_are_cached(small_docs, monkeypatch):
     rows = bow_mae.python_docs()
     assert len(rows) > 2000 and rows.column_names == ["_id", "query", "text"]
     assert all(len(set(rows[column])) == len(rows) for column in rows.column_names)
     assert any(name.startswith("json") for name in rows["_id"])
     monkeypatch.setattr(bow_mae.ast, "parse", lambda text: pytest.fail("built again"))
+    bow_mae.python_docs.cache_clear()
     assert bow_mae.python_docs()[:] == rows[:]
 
 
