@@ -5,13 +5,9 @@ A masked language model learns to retrieve when its [CLS] vector must also predi
 model's own masked-LM head, the set of words of its input. No decoder, no new parameter. Two
 baselines are trained by the same script: `mlm`, and `enhanced` (RetroMAE's decoder).
 
-A small BERT from scratch, on the documentation of the installed Python packages, no network:
-    torchrun bow_mae.py
-A pre-trained model on your own texts; give the same command again to resume:
+    torchrun bow_mae.py  # a small BERT from scratch, on the documentation of Python packages
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data corpus.jsonl
-
-Reading order: `whole_word_mask` and `BowMAE.forward` (the method), then `train` (the steps), then
-`PretrainingStream` (how texts become the batches of a step).
+The same command again resumes a run. Read the method first, `train`, then `PretrainingStream`.
 """
 
 import argparse
@@ -54,10 +50,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets.distributed import split_dataset_by_node
-from datasets.exceptions import DatasetsError
-from pyarrow.lib import ArrowException
 from safetensors import SafetensorError
-from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig
@@ -105,10 +99,6 @@ class Config:
         return self.batch_size // self.micro_batch_size
 
 
-class UserError(Exception):
-    """An error that the user can mend; its message says what, where, and how."""
-
-
 # ---- the method
 
 
@@ -117,7 +107,6 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
 
     Of the chosen tokens 80 % become [MASK], 10 % a random token that is not special, 10 % stay.
     At least one word of a sequence is chosen; special tokens never are.
-
     input_ids (B, L) long; word_ids (B, L) long counts the words of a sequence from 1, with 0 at
     special tokens and padding. Returns masked_ids (B, L) long and chosen (B, L) bool.
     """
@@ -128,8 +117,7 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
 
     # A clause in a script without spaces is one word to many tokenizers. Words of more than 8
     # tokens are therefore masked token by token: each of their tokens is a unit of its own.
-    num_words = int(word_ids.max()) + 1
-    word_sizes = word_ids.new_zeros(len(word_ids), num_words)  # (B, W)
+    word_sizes = word_ids.new_zeros(len(word_ids), int(word_ids.max()) + 1)  # (B, W)
     word_sizes = word_sizes.scatter_add(1, word_ids, torch.ones_like(word_ids))
     is_long = word_sizes.gather(1, word_ids) > 8  # (B, L)
     previous_ids = F.pad(word_ids * is_word, (1, 0))[:, :-1]  # (B, L)
@@ -147,9 +135,8 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
 
     # Replace the chosen tokens.
     ordinary_ids = is_ordinary.nonzero().squeeze(1)
-    size = input_ids.shape
-    picks = torch.randint(len(ordinary_ids), size, generator=generator, device=device)  # (B, L)
-    draws = torch.rand(size, generator=generator, device=device)  # (B, L)
+    picks = torch.randint(len(ordinary_ids), input_ids.shape, generator=generator, device=device)
+    draws = torch.rand(input_ids.shape, generator=generator, device=device)  # (B, L)
     masked_ids = input_ids.masked_fill(chosen & (draws < 0.8), tokenizer.mask_token_id)
     masked_ids = torch.where(chosen & (draws >= 0.9), ordinary_ids[picks], masked_ids)
     return masked_ids, chosen
@@ -195,10 +182,7 @@ def term_coverage(cls_logits, input_ids, special):
 
 
 def mlm_head(lm, hidden):
-    """f: the checkpoint's own masked-LM head, on any rows of hidden states, (..., D) to (..., V).
-
-    Raises TypeError for a model whose head is not one of those below.
-    """
+    """f: the model's own masked-LM head, (..., D) to (..., V); TypeError if it is none of these."""
     if hasattr(lm, "cls"):  # BERT
         return lm.cls(hidden)
     if hasattr(lm, "lm_head") and not lm.config.is_encoder_decoder:  # RoBERTa, XLM-R
@@ -214,22 +198,20 @@ def mlm_head(lm, hidden):
 class EnhancedDecoder(nn.Module):
     """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline.
 
-    Queries are h_CLS + positions; keys and values are h_CLS and the embeddings of the unmasked
-    tokens + positions. Token i sees position 0 and a random half of the others, never itself.
-    The mask is drawn at once, on the device; the original's loops in Python take most of its time.
+    Queries are h_CLS + positions, keys and values the unmasked tokens' embeddings (h_CLS for
+    [CLS]) + positions. Token i sees position 0 and a random half of the others, never itself.
+    One draw on the device makes the mask, which takes the original most of its time, in Python.
     """
 
     def __init__(self, lm, max_length):
         super().__init__()
-        width = lm.config.hidden_size
-        inner = 4 * width
-        heads = lm.config.num_attention_heads
+        width, num_heads = lm.config.hidden_size, lm.config.num_attention_heads
         self.positions = nn.Parameter(torch.randn(max_length, width) * 0.02)
         self.norm_queries = nn.LayerNorm(width)
         self.norm_memory = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.norm_attention = nn.LayerNorm(width)
-        layers = [nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)]
+        layers = [nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
         self.feed_forward = nn.Sequential(*layers)
         self.norm_output = nn.LayerNorm(width)
 
@@ -258,8 +240,7 @@ class BowMAE(nn.Module):
 
     def __init__(self, lm, special, objective, max_length):
         super().__init__()
-        self.lm = lm
-        self.objective = objective
+        self.lm, self.objective = lm, objective
         self.register_buffer("special", special, persistent=False)  # (V,)
         self.decoder = EnhancedDecoder(lm, max_length) if objective == "enhanced" else nn.Identity()
 
@@ -275,9 +256,9 @@ class BowMAE(nn.Module):
         word_positions (N,) index the masked and the non-special tokens of the flattened (B·L,).
         """
         hidden = self.encode(input_ids, attention_mask)  # (B, L, D)
-        masked_hidden = hidden.flatten(0, 1)[masked_positions]  # (M, D)
-        logits = mlm_head(self.lm, masked_hidden).float()  # (M, V)
-        losses = {"mlm_loss": F.cross_entropy(logits, original_ids.flatten()[masked_positions])}
+        flat_ids, flat_hidden = original_ids.flatten(), hidden.flatten(0, 1)  # (B·L,), (B·L, D)
+        logits = mlm_head(self.lm, flat_hidden[masked_positions]).float()  # (M, V)
+        losses = {"mlm_loss": F.cross_entropy(logits, flat_ids[masked_positions])}
         if self.objective == "bow":
             cls_logits = mlm_head(self.lm, hidden[:, 0])  # (B, V)
             losses["bow_loss"] = bow_loss(cls_logits, original_ids, self.special)
@@ -285,9 +266,12 @@ class BowMAE(nn.Module):
             embeddings = self.lm.get_input_embeddings()(original_ids)  # (B, L, D)
             decoded = self.decoder(hidden[:, 0], embeddings, attention_mask)  # (B, L, D)
             logits = mlm_head(self.lm, decoded.flatten(0, 1)[word_positions]).float()  # (N, V)
-            labels = original_ids.flatten()[word_positions]
-            losses["enhanced_loss"] = F.cross_entropy(logits, labels)
+            losses["enhanced_loss"] = F.cross_entropy(logits, flat_ids[word_positions])
         return losses
+
+
+class UserError(Exception):
+    """An error that the user can mend; its message says what, where, and how."""
 
 
 # ---- data: texts
@@ -335,11 +319,9 @@ def python_docs():
     versions = {name: metadata.version(name) for name in PACKAGES.split()}
     arguments = {"versions": {"python": sys.version} | versions}
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
-    gc.disable()  # else it looks at every syntax tree, in vain, for most of the time
-    try:
-        rows = datasets.Dataset.from_generator(docstrings, gen_kwargs=arguments, cache_dir=cache)
-    finally:
-        gc.enable()
+    gc.freeze()  # else every collection looks at all of torch again: three times slower
+    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs=arguments, cache_dir=cache)
+    gc.unfreeze()
     table = rows.to_pandas().drop_duplicates("_id").drop_duplicates("text")
     table = table.drop_duplicates("query", keep=False)
     table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
@@ -1124,7 +1106,7 @@ def prepare_model(config, checkpoint, texts, device):
 
 def wrap_ddp(model, compiles=False):
     """The model under DistributedDataParallel, which averages the gradients of the processes."""
-    module = torch.compile(model, dynamic=True) if compiles else model
+    module = torch.compile(model) if compiles else model
     options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the new name of broadcast_buffers is of one version only
@@ -1408,13 +1390,13 @@ def bench_steps(ddp, optimizer, micro_batches, device, autocast):
             nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    float(sum(losses.values()))  # waits for the device
+    sum(losses.values()).item()  # waits for the device
     return time.perf_counter() - start, peak_memory_mb(device) - memory
 
 
 # ---- command line
 
-EXPECTED_ERRORS = (UserError, OSError, DatasetsError, ArrowException)
+EXPECTED_ERRORS = (UserError, OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException)
 
 
 def run_command(command, *arguments):
