@@ -57,6 +57,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from pyarrow.lib import ArrowException
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from torch import nn
 from tqdm import tqdm
@@ -761,8 +762,11 @@ def learn_tokenizer(config, texts):
     options = {"special_tokens": special, "show_progress": False}
     options |= {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet)}
     wordpiece.train_from_iterator(texts, vocab_size=size, **options)
+    # Made again of the vocabulary, it adds [CLS] and [SEP], and no piece is a special token.
+    wordpiece = BertWordPieceTokenizer(wordpiece.get_vocab(), strip_accents=False)
+    backend = Tokenizer.from_str(wordpiece.to_str())
     length = max(512, config.max_length)
-    return BertTokenizer(wordpiece.get_vocab(), strip_accents=False, model_max_length=length)
+    return BertTokenizer(tokenizer_object=backend, strip_accents=False, model_max_length=length)
 
 
 def fresh_lm(config, tokenizer):

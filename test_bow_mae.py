@@ -47,6 +47,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from tokenizers import models, pre_tokenizers, processors, trainers
+from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import bow_mae
@@ -184,7 +185,9 @@ def close(one, other, tolerance=1e-4):
 def word_tokenizer(words):
     """A WordPiece tokenizer of these words and pieces."""
     vocab = {word: index for index, word in enumerate([*SPECIALS, *words])}
-    return transformers.BertTokenizerFast(vocab)
+    wordpiece = BertWordPieceTokenizer(vocab).to_str()
+    backend = tokenizers.Tokenizer.from_str(wordpiece)
+    return transformers.BertTokenizerFast(tokenizer_object=backend)
 
 
 def read_epochs(config, tokenizer, count=1):
