@@ -51,7 +51,7 @@ import torch.nn.functional as F
 import transformers
 from datasets.distributed import split_dataset_by_node
 from safetensors import SafetensorError
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig
@@ -389,8 +389,21 @@ def list_files(data):
     return sorted(map(str, files))
 
 
+def list_pieces(files):
+    """What shards can read apart, as (file, row group) of .parquet and (file, None) of others."""
+    pieces = []
+    for file in files:
+        row_groups = [None]
+        if file_format(file) == ".parquet":
+            row_groups = range(pyarrow.parquet.read_metadata(file).num_row_groups)
+        pieces += [(file, row_group) for row_group in row_groups]
+    return pieces
+
+
 def parse_record(line, kind):
-    """The record of a line of bytes of a .txt, .tsv or JSON lines file, or of a row of a .csv."""
+    """The record of a line of bytes of a .txt, .tsv or JSON lines file, or of a row of others."""
+    if kind == ".parquet":
+        return line
     if kind == ".csv":
         if None in line:
             raise ValueError("more fields than the header names")
@@ -411,10 +424,11 @@ def parse_record(line, kind):
     return record
 
 
-def read_records(file, first=0, stride=1):
+def read_records(file, row_group=None, first=0, stride=1, columns=None):
     """Yield (line number, record) of every stride-th record of a local file, from the first on.
 
-    A .tsv holds an _id and a text. UserError names file and line of what cannot be read.
+    A .tsv holds an _id and a text; of .parquet a row group is read, and perhaps not all columns.
+    UserError names file and line of what cannot be read.
     """
     number, kind = 0, file_format(file)
     csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
@@ -424,6 +438,10 @@ def read_records(file, first=0, stride=1):
             if kind == ".csv":
                 rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
                 numbered = ((rows.line_num, row) for row in rows)
+            if kind == ".parquet":
+                options = {"row_groups": [row_group], "columns": columns}
+                batches = pyarrow.parquet.ParquetFile(file).iter_batches(1000, **options)
+                numbered = enumerate((row for batch in batches for row in batch.to_pylist()), 1)
             for number, line in itertools.islice(numbered, first, None, stride):
                 yield number, parse_record(line, kind)
     except (ValueError, TypeError, EOFError, OSError, csv.Error, zlib.error) as error:
@@ -432,29 +450,37 @@ def read_records(file, first=0, stride=1):
 
 
 def join_columns(record, columns, place):
-    """{"text": the columns joined by a space, without null ones}; UserError if one is no text."""
+    """The columns of a record joined by a space, without null ones; UserError if one is no text."""
     values = [record[column] for column in columns if record.get(column) is not None]
     if not all(isinstance(value, str) for value in values):
         raise UserError(f"{place}: {values!r:.80} in {' '.join(columns)} is not text")
     text = " ".join(value for value in values if value).strip()
-    return {"text": text.encode(errors="replace").decode()}  # for half a surrogate pair
+    return text.encode(errors="replace").decode()  # for half a surrogate pair
 
 
-def read_texts(files, columns, first, stride):
-    """Yield {"text": ...} of every stride-th line of each file, from the first on."""
-    for file in files:
-        # Else small files would give all their lines to the first shards.
-        first_line = (first + zlib.crc32(Path(file).name.encode())) % stride
-        for number, record in read_records(file, first_line, stride):
-            yield join_columns(record, columns, f"{file}, line {number}")
+def read_pieces(pieces, columns, first, stride):
+    """Yield {"text": ...} of every stride-th record of each piece, from the first on."""
+    for file, row_group in pieces:
+        place = file if row_group is None else f"{file}, row group {row_group}"
+        # Else small pieces would give all their records to the first shards.
+        first_record = (first + zlib.crc32(Path(place).name.encode())) % stride
+        for number, record in read_records(file, row_group, first_record, stride, columns):
+            yield {"text": join_columns(record, columns, f"{place}, line {number}")}
 
 
-def open_tables(config, files, num_shards):
-    """All of --data as a stream, where it is parquet, saved, on the hub, or python-docs."""
-    if files:
-        options = {"data_files": files, "columns": config.text_columns, "split": "train"}
-        stream = datasets.load_dataset("parquet", streaming=True, **options)
-        return stream.reshard()  # by row groups
+def read_texts(config, stream):
+    """Yield the texts of a stream of `datasets`, whose state is then that after the last one.
+
+    The columns are joined here, as `map` of datasets 4.0 makes a stream of known types resume at
+    another text. And `__iter__` would split the stream among workers again.
+    """
+    for batch in stream.iter(batch_size=1):
+        record = {name: values[0] for name, values in batch.items()}
+        yield join_columns(record, list(record), f"--data {config.data}")
+
+
+def open_tables(config, num_shards):
+    """All of --data as a stream, where it is a saved dataset, on the hub, or python-docs."""
     name, subset, split = (config.data.split(":") + ["", ""])[:3]
     if name != "python-docs" and not Path(name).is_dir():
         return datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
@@ -463,37 +489,40 @@ def open_tables(config, files, num_shards):
     return table.to_iterable_dataset(num_shards=min(num_shards, len(table)))
 
 
-def open_stream(config, files, shard=0, num_shards=1):
-    """The records {"text": ...} of one shard of --data, as a stream of `datasets`.
+def open_stream(config, files, shard=0, num_shards=1, epoch=None):
+    """The records of one shard of --data, as a stream of `datasets`, to be read by `read_texts`.
 
     A shard reads files, row groups or rows of its own where there are enough of them; else it
     reads all, and keeps one record in num_shards. UserError if --data lacks a column.
+
+    Each epoch has another order of local files and their row groups. It is drawn here, as neither
+    `reshard` nor a `shuffle` that resumes at the same text is in every version of `datasets`.
     """
     columns = tuple(config.text_columns)  # a list would be taken for shards
-    is_lines = bool(files) and file_format(files[0]) != ".parquet"
-    if is_lines:
-        records = itertools.chain.from_iterable(map(read_records, files))
+    pieces = list_pieces(files)
+    if pieces:
+        records = itertools.chain.from_iterable(itertools.starmap(read_records, pieces))
         found = sorted({name for _, record in itertools.islice(records, 100) for name in record})
     else:
         try:
-            stream = open_tables(config, files, num_shards)
+            stream = open_tables(config, num_shards)
             found = stream.column_names or sorted(next(iter(stream)))
         except (ValueError, KeyError, IndexError) as error:
             raise UserError(f"--data {config.data}: {short_reason(error)}") from error
     if not set(columns) <= set(found):
         raise UserError(f"--data {config.data} has the columns {found}, not {' '.join(columns)}")
-    if is_lines:
-        own = {"files": files, "first": shard, "stride": num_shards}
-        if len(files) >= num_shards:
-            own = {"files": files[shard::num_shards], "first": 0, "stride": 1}
+    if pieces:
+        if epoch is not None:
+            np.random.default_rng([config.seed, epoch]).shuffle(pieces)
+        own = {"pieces": pieces, "first": shard, "stride": num_shards}
+        if len(pieces) >= num_shards:
+            own = {"pieces": pieces[shard::num_shards], "first": 0, "stride": 1}
         arguments = {"columns": columns} | own
-        return datasets.IterableDataset.from_generator(read_texts, gen_kwargs=arguments)
+        return datasets.IterableDataset.from_generator(read_pieces, gen_kwargs=arguments)
+    stream = stream.select_columns(config.text_columns)
     if stream.num_shards >= num_shards:
-        stream = stream.shard(num_shards, shard)
-    else:
-        stream = split_dataset_by_node(stream, shard, num_shards)
-    arguments = {"columns": columns, "place": f"--data {config.data}"}
-    return stream.select_columns(config.text_columns).map(join_columns, fn_kwargs=arguments)
+        return stream.shard(num_shards, shard)
+    return split_dataset_by_node(stream, shard, num_shards)
 
 
 def sample_texts(config, files):
@@ -502,9 +531,9 @@ def sample_texts(config, files):
     The share makes some 100 of these texts, but at most 1 text in 10 and at least 1 in 1000.
     """
     texts, num_characters = [], 0
-    for record in open_stream(config, files):
-        texts.append(record["text"])
-        num_characters += len(record["text"])
+    for text in read_texts(config, open_stream(config, files)):
+        texts.append(text)
+        num_characters += len(text)
         if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
             break
     if "" in texts:
@@ -588,13 +617,11 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         epoch, data_state, step = self.positions.get(shard, (0, None, 1))
         while True:
             epoch_start = step
-            stream = open_stream(config, self.files, shard, config.num_shards)
-            stream = stream.shuffle(config.seed, buffer_size=1, max_buffer_input_shards=1)
-            stream.set_epoch(epoch)  # another order of files or row groups in each
+            stream = open_stream(config, self.files, shard, config.num_shards, epoch)
             if data_state:
                 stream.load_state_dict(data_state)
-            batches = stream.iter(batch_size=1)  # __iter__ would split it among workers again
-            while texts := self.read_buffer(batches):
+            all_texts = read_texts(config, stream)
+            while texts := self.read_buffer(all_texts):
                 position = (epoch, data_state, step)
                 for sequences in self.make_batches(texts, shard, step):
                     if step >= self.first_step:
@@ -610,16 +637,15 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
             epoch, data_state = epoch + 1, None
 
-    def read_buffer(self, batches):
+    def read_buffer(self, all_texts):
         """The next texts to train on, as many as a buffer takes; [] at the end of the shard."""
         texts, num_characters = [], 0
-        for batch in batches:
-            for text in batch["text"]:
-                if text_hash(text) >= self.held_out_share:
-                    # A text longer than a buffer is cut, so that a book does not fill memory.
-                    starts = range(0, len(text), BUFFER_CHARACTERS)
-                    texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
-                    num_characters += len(text)
+        for text in all_texts:
+            if text_hash(text) >= self.held_out_share:
+                # A text longer than a buffer is cut, so that a book does not fill memory.
+                starts = range(0, len(text), BUFFER_CHARACTERS)
+                texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
+                num_characters += len(text)
             if len(texts) >= BUFFER_TEXTS or num_characters >= BUFFER_CHARACTERS:
                 break
         return texts
@@ -717,8 +743,11 @@ def learn_tokenizer(config, texts):
     options = {"special_tokens": special, "show_progress": False}
     options |= {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet)}
     wordpiece.train_from_iterator(texts, vocab_size=size, **options)
+    # Made again of the vocabulary, it adds [CLS] and [SEP], and no piece is a special token.
+    wordpiece = BertWordPieceTokenizer(wordpiece.get_vocab(), strip_accents=False)
+    backend = Tokenizer.from_str(wordpiece.to_str())
     length = max(512, config.max_length)
-    return BertTokenizer(wordpiece.get_vocab(), strip_accents=False, model_max_length=length)
+    return BertTokenizer(tokenizer_object=backend, strip_accents=False, model_max_length=length)
 
 
 def fresh_lm(config, tokenizer):
