@@ -347,11 +347,6 @@ def is_path(name):
     return in_folder or len(path.parts) > 2 or path.exists() or name[0] in "./"
 
 
-def is_saved_dataset(path):
-    """Whether a folder was written by `save_to_disk` of `datasets`."""
-    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-
-
 def list_files(data):
     """The files of --data, of one format; [] for python-docs, a saved dataset, or a hub name.
 
@@ -361,8 +356,8 @@ def list_files(data):
     path = Path(data)
     files = [path / name for name in CORPORA if (path / name).is_file()][:1]
     if path.is_dir() and not files:
-        if is_saved_dataset(path):
-            return []
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return []  # a saved dataset
         runs = {file.parent for file in path.rglob("run.json")}
         found = [file for file in path.rglob("*") if file_format(file) in FORMATS]
         found = [file for file in found if not runs & {*file.parents}]
@@ -955,11 +950,13 @@ def append_metrics(config, record):
 
 def print_table(rows, columns, title=""):
     """Print an aligned table of numbers, {row: {column: value}}."""
-    width = max(map(len, [title, *rows]))
-    print(f"\n{title:<{width}}" + "".join(f"{column:>14}" for column in columns))
+    first_width = max(map(len, [title, *rows]))
+    width = max(map(len, columns)) + 3
+    print(f"\n{title:<{first_width}}" + "".join(f"{column:>{width}}" for column in columns))
     for name, values in rows.items():
         cells = [f"{values[c]:,.{0 if abs(values[c]) >= 100 else 4}f}" for c in columns]
-        print(f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
+        line = "".join(f"{cell:>{width}}" for cell in cells)
+        print(f"{name:<{first_width}}{line}", flush=True)
 
 
 def peak_memory_mb(device):
@@ -1103,11 +1100,9 @@ def prepare_data(config):
     """The files of --data, the texts at its start, and the share of all texts to hold out."""
     if config.data == "python-docs":
         print_once("building the corpus, or reading it from the cache")
-        if dist.get_rank() > 0:
-            dist.barrier()  # until the first process has filled the cache
-        python_docs()
         if dist.get_rank() == 0:
-            dist.barrier()
+            python_docs()
+        dist.barrier()  # the others find it in the cache
     files = list_files(config.data)
     if len(files) > 1:
         print_once(f"reading {len(files)} files of {config.data}, from {files[0]} to {files[-1]}")
@@ -1225,10 +1220,8 @@ def print_results(config):
     lines = Path(config.output, "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
     if records:
-        rows = {"before": records[0], "after": records[-1]}
-        for row in rows:
-            rows[row] = {name.removeprefix("eval_"): value for name, value in rows[row].items()}
-        print_table(rows, ["mlm_loss", "bow_loss", "term_coverage"], "held-out")
+        columns = ["eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"]
+        print_table({"before": records[0], "after": records[-1]}, columns, "held-out")
     print(f"model saved in {config.output}", flush=True)
 
 
@@ -1368,59 +1361,53 @@ def train(config, filled, device):
 def bench(config, device):
     """Train the objectives by turns on the same batches, and print what each of them costs.
 
-    Ten rounds of four steps, the first two uncounted, back and forth so that no objective always
-    comes first. Medians, and for the ratio to `mlm` in the same round the extremes too. Memory: on
-    a GPU, what four steps take beyond the weights; else the peak of the process so far.
+    Medians of ten rounds of four steps, the first two uncounted, back and forth so that none always
+    comes first. Memory is what steps take beyond the weights on a GPU, else the process's peak.
     """
     dtype = compute_dtype(config.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     files, texts, _ = prepare_data(config)
     runs = {}
     for objective in ("mlm", "bow", "enhanced"):
-        own_config = replace(config, objective=objective)
-        tokenizer, model = prepare_model(own_config, None, texts, device)
+        own = replace(config, objective=objective)
+        tokenizer, model = prepare_model(own, None, texts, device)
         runs[objective] = (wrap_ddp(model, config.compile), build_optimizer(config, model))
     loader = make_loader(config, tokenizer, files, 0.0, {})
-    share = config.num_shards // dist.get_world_size()
-    micro_batches = [next(loader) for _ in range(4 * share)]
+    num_micro_batches = config.num_shards // dist.get_world_size()
+    micro_batches = [next(loader) for _ in range(4 * num_micro_batches)]
 
-    results = {objective: [] for objective in runs}
+    seconds, memory = defaultdict(list), {}
     for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
         for objective in runs if turn % 2 == 0 else reversed(runs):
-            results[objective].append(
-                bench_steps(*runs[objective], micro_batches, device, autocast)
-            )
+            ddp, optimizer = runs[objective]
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            memory_before = peak_memory_mb(device) if device.type == "cuda" else 0.0
+            start = time.perf_counter()
+            for index, (_, batch) in enumerate(micro_batches, 1):
+                ddp.require_backward_grad_sync = index % num_micro_batches == 0
+                with autocast:
+                    losses = ddp(**batch.to(device))
+                sum(losses.values()).backward()
+                if ddp.require_backward_grad_sync:
+                    nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            sum(losses.values()).item()  # waits for the device
+            seconds[objective].append(time.perf_counter() - start)
+            memory[objective] = peak_memory_mb(device) - memory_before
+
     tokens = sum_over_processes({"tokens": sum(info["num_tokens"] for info, _ in micro_batches)})
     rows = {}
     for objective in runs:
-        seconds, memory = np.array(results[objective][2:]).T
-        ratios = np.array(results["mlm"][2:])[:, 0] / seconds
-        rows[objective] = {"samples/s": 4 * config.batch_size / np.median(seconds)}
-        rows[objective]["tokens/s"] = tokens["tokens"] / np.median(seconds)
+        median = np.median(seconds[objective][2:])
+        ratios = np.array(seconds["mlm"][2:]) / seconds[objective][2:]
+        rows[objective] = {"samples/s": 4 * config.batch_size / median}
+        rows[objective]["tokens/s"] = tokens["tokens"] / median
         rows[objective] |= {"x mlm": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
-        rows[objective]["peak MB"] = memory.max()
+        rows[objective]["peak MB"] = memory[objective]
     if dist.get_rank() == 0:
         print_table(rows, list(rows["mlm"]), f"{device}, {dtype}")
-
-
-def bench_steps(ddp, optimizer, micro_batches, device, autocast):
-    """Seconds, and peak memory in MB, of four optimizer steps over micro_batches."""
-    memory = 0.0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        memory = peak_memory_mb(device)
-    start = time.perf_counter()
-    for index, (_, batch) in enumerate(micro_batches, 1):
-        ddp.require_backward_grad_sync = index % (len(micro_batches) // 4) == 0
-        with autocast:
-            losses = ddp(**batch.to(device))
-        sum(losses.values()).backward()
-        if ddp.require_backward_grad_sync:
-            nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    sum(losses.values()).item()  # waits for the device
-    return time.perf_counter() - start, peak_memory_mb(device) - memory
 
 
 # ---- command line

@@ -1062,10 +1062,10 @@ def test_run_json_tells_how_the_run_was_made(unbroken, corpus):
 def test_a_run_ends_with_a_table(corpus, tmp_path, capfd):
     train("--data", corpus, "--output", tmp_path, "--steps", 5)
     *_, header, before, after, saved = capfd.readouterr().out.splitlines()
-    names = ["mlm_loss", "bow_loss", "term_coverage"]
+    names = ["eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"]
     assert header.split() == ["held-out", *names] and str(tmp_path) in saved
     for line, row in zip((before, after), records(tmp_path, "eval_mlm_loss"), strict=True):
-        assert line.split()[1:] == [f"{row[f'eval_{name}']:.4f}" for name in names]
+        assert line.split()[1:] == [f"{row[name]:.4f}" for name in names]
 
 
 def test_evaluation_is_that_of_a_loop(unbroken, corpus):
