@@ -1380,7 +1380,7 @@ def test_sentence_transformers_gives_our_vectors(unbroken, vectors):
     model = sentence_transformers.SentenceTransformer(str(unbroken), device="cpu")
     found = model.encode(vectors[0], convert_to_tensor=True)
     torch.testing.assert_close(found, vectors[1], atol=1e-5, rtol=0)
-    assert model.similarity_fn_name == "dot"
+    assert getattr(model, "similarity_fn_name", "dot") == "dot"  # 2.7 has no such name
 
 
 # ---- bad input
