@@ -1061,6 +1061,19 @@ def learning_rate(config, step):
     return cosine(config.lr, config.lr * config.lr_final_ratio, progress)
 
 
+def update_weights(config, step, optimizer, scaler, parameters):
+    """Make an optimizer step of clipped gradients; returns its learning rate and their norm."""
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    lr = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return lr, grad_norm
+
+
 def sum_over_processes(values):
     """The sums over all processes of {name: number}, as Python floats."""
     sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
@@ -1166,6 +1179,17 @@ def evaluate(model, batches, device, autocast):
     return metrics
 
 
+def measure_rates(sums, start, device):
+    """What a log line tells of the speed, from the counts that all processes have summed up."""
+    seconds = time.perf_counter() - start
+    return {
+        "tokens_per_second": sums["tokens"] / seconds,
+        "padding_share": 1 - sums["tokens"] / sums["padded_tokens"],
+        "data_wait_share": sums["wait_seconds"] / dist.get_world_size() / seconds,
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+
+
 def check_finite(config, record):
     """UserError where a loss, or the norm of a gradient, is not finite."""
     for name, value in record.items():
@@ -1210,7 +1234,7 @@ def show_progress(bar, record):
 
 
 def print_results(config):
-    """Print the held-out metrics before and after training, and where the model is."""
+    """Print the held-out metrics before and after training."""
     lines = Path(config.output, "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
     if records:
@@ -1218,7 +1242,20 @@ def print_results(config):
         for row in rows:
             rows[row] = {name.removeprefix("eval_"): value for name, value in rows[row].items()}
         print_table(rows, ["mlm_loss", "bow_loss", "term_coverage"], "held-out")
-    print(f"model saved in {config.output}", flush=True)
+
+
+def end_run(config, step, stops, stop_signal, lock):
+    """Put the model into --output; or say that a signal has stopped the run, and exit so."""
+    if stops:
+        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
+    elif dist.get_rank() == 0:
+        finish_output(config)
+        print(f"model saved in {config.output}", flush=True)
+    dist.barrier()  # torchrun ends the others at the first exit
+    if lock:
+        lock.close()
+    if stops:
+        sys.exit(128 + (stop_signal.received or signal.SIGTERM))
 
 
 def train(config, filled, device):
@@ -1247,7 +1284,7 @@ def train(config, filled, device):
     held_out = held_out_batches(config, tokenizer, texts, held_out_share)
     del texts
 
-    last_step = state.get("step", 0)
+    step = last_step = state.get("step", 0)
     print_start(config, filled, model, dtype, device, last_step)
     if rank == 0:
         start_logs(config, device, state.get("log_size", 0))
@@ -1287,14 +1324,7 @@ def train(config, filled, device):
                     step_losses[name] += value.detach() / num_micro_batches
 
             # Update the weights.
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            lr = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+            lr, grad_norm = update_weights(config, step, optimizer, scaler, model.parameters())
             bar.update()
 
             saves = step % config.save_every == 0 or step == config.steps
@@ -1304,14 +1334,10 @@ def train(config, filled, device):
 
             # Log the losses of this step, and the rates since the last line.
             sums = sum_over_processes({**step_losses, **counts, "stops": stop_signal.received > 0})
-            seconds = time.perf_counter() - start  # the sum above waited for the device
             record = {"step": step, "epoch": info["position"][0]}
             record |= {name: sums[name] / world_size for name in step_losses}
             record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
-            record["tokens_per_second"] = sums["tokens"] / seconds
-            record["padding_share"] = 1 - sums["tokens"] / sums["padded_tokens"]
-            record["data_wait_share"] = sums["wait_seconds"] / world_size / seconds
-            record["peak_memory_mb"] = peak_memory_mb(device)
+            record |= measure_rates(sums, start, device)  # the sum has waited for the device
             check_finite(config, record)
             show_progress(bar, record)
             if rank == 0:
@@ -1340,15 +1366,9 @@ def train(config, filled, device):
             start = time.perf_counter()
 
     # End.
-    if stops:
-        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
-    elif rank == 0:
-        finish_output(config)
+    if rank == 0 and not stops:
         print_results(config)
-    dist.barrier()  # torchrun ends the others at the first exit
-    del lock  # --output is free
-    if stops:
-        sys.exit(128 + (stop_signal.received or signal.SIGTERM))
+    end_run(config, step, stops, stop_signal, lock)
 
 
 # ---- benchmark
@@ -1450,8 +1470,8 @@ def run_command(command, *arguments):
 def pretrain(argv):
     """Train or measure, as the flags say."""
     config = parse_config(argv, Config)
-    filled = complete_config(config)
     device = init_distributed()
+    filled = complete_config(config)
     if config.bench:
         bench(config, device)
     else:

@@ -44,7 +44,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM
 from transformers.hf_argparser import HfArg
@@ -966,14 +965,6 @@ def encode_pair(encoder, batch):
     return encoder(batch["queries"]), encoder(batch["passages"])
 
 
-def sum_gradients(parameters):
-    """Add up the gradients of all processes, each of which has that of its own vectors."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    vector_to_parameters(flat, gradients)
-
-
 def plan_steps(config, num_queries):
     """The config with --steps and --warmup_steps filled in, and warnings about them."""
     if config.batch_size > num_queries or config.batch_size % dist.get_world_size():
@@ -1009,7 +1000,7 @@ def finetune(config, device):
     if checkpoint:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    last_step = state.get("step", 0)
+    step = last_step = state.get("step", 0)
     loader = torch.utils.data.DataLoader(
         FinetuningSteps(config, encoder.tokenizer, training),
         batch_size=None,
@@ -1060,18 +1051,12 @@ def finetune(config, device):
             for i, batch in enumerate(micro_batches):
                 pair = encode_pair(encoder, batch) if encodes_again else pairs[i]
                 torch.autograd.backward(pair, (query_gradients[i], passage_gradients[i]))
-            if world_size > 1:
-                sum_gradients(parameters)
+            for parameter in parameters:  # each process has the gradient of its own vectors
+                if world_size > 1 and parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
 
             # Update the weights.
-            scaler.unscale_(optimizer)
-            grad_norm = clip_grad_norm_(parameters, 1.0)
-            lr = bow_mae.learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+            lr, grad_norm = bow_mae.update_weights(config, step, optimizer, scaler, parameters)
             bar.update()
 
             # Log the loss of this step, and the rates since the last line.
@@ -1079,13 +1064,9 @@ def finetune(config, device):
             if saves or step % config.log_every == 0:
                 received = {"stops": stop_signal.received > 0}
                 sums = bow_mae.sum_over_processes(counts | received)
-                seconds = time.perf_counter() - start
                 record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item()}
                 record |= {"lr": lr, "grad_norm": grad_norm.item()}
-                record["tokens_per_second"] = sums["tokens"] / seconds
-                record["padding_share"] = 1 - sums["tokens"] / sums["padded_tokens"]
-                record["data_wait_share"] = sums["wait_seconds"] / world_size / seconds
-                record["peak_memory_mb"] = bow_mae.peak_memory_mb(device)
+                record |= bow_mae.measure_rates(sums, start, device)
                 bow_mae.check_finite(config, record)
                 bar.set_postfix(loss=record["loss"], epoch=record["epoch"])
                 if rank == 0:
@@ -1105,16 +1086,7 @@ def finetune(config, device):
                 break
             wait_start = time.perf_counter()
 
-    # End.
-    if stops:
-        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
-    elif rank == 0:
-        bow_mae.finish_output(config)
-    dist.barrier()  # at the first exit torchrun ends the others
-    if lock:
-        lock.close()
-    if stops:
-        sys.exit(128 + (stop_signal.received or 15))  # as if by SIGTERM
+    bow_mae.end_run(config, step, stops, stop_signal, lock)
 
 
 # ---- mining

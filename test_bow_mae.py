@@ -653,43 +653,42 @@ def test_the_micro_batches_of_a_step_are_of_like_length(named, tmp_path):
     assert max(lengths) - min(lengths) > 25 and steps != sorted(steps)
 
 
+def stream_of(tokenizer, data, num_shards, micro_batch_size):
+    """A function of a state, which gives the stream of all shards from there on."""
+    sizes = {"batch_size": num_shards * micro_batch_size, "micro_batch_size": micro_batch_size}
+    config = Config(data=str(data), max_length=64, **sizes)
+    files = bow_mae.list_files(config.data)
+    shards = range(num_shards)
+    return lambda state: PretrainingStream(config, tokenizer, files, 0.0, shards, state)
+
+
 @pytest.mark.parametrize("write", [write_text_file, write_parquet])
-def test_a_stream_resumes_at_every_step(write, named, tmp_path):
+def test_a_stream_resumes_at_every_step(write, named, tmp_path, monkeypatch):
     """Bit for bit, of three epochs of a few buffers each, the ends of epochs among them."""
     texts, tokenizer = named
-    data = write_parts(tmp_path / "data", texts[:90], 3, write)
-    config = Config(data=str(data), max_length=64, batch_size=16, micro_batch_size=8)
-    files = bow_mae.list_files(config.data)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bow_mae, "BUFFER_TEXTS", 20)
-        stream = PretrainingStream(config, tokenizer, files, 0.0, range(2), {})
-        batches = list(itertools.islice(stream, 2 * 26))
-        assert batches[-1][0]["position"][0] >= 3
-        for step in range(1, 26):
-            positions = {info["shard"]: info["position"] for info, _ in batches[: 2 * step]}
-            state = {"step": step, "positions": positions}
-            again = PretrainingStream(config, tokenizer, files, 0.0, range(2), state)
-            for (_, one), (_, other) in zip(batches[2 * step :][:2], again, strict=False):
-                assert torch.equal(one["input_ids"], other["input_ids"])
+    monkeypatch.setattr(bow_mae, "BUFFER_TEXTS", 20)
+    stream = stream_of(tokenizer, write_parts(tmp_path / "data", texts[:90], 3, write), 2, 8)
+    batches = list(itertools.islice(stream({}), 2 * 26))
+    assert batches[-1][0]["position"][0] >= 3
+    for step in range(1, 26):
+        positions = {info["shard"]: info["position"] for info, _ in batches[: 2 * step]}
+        again = stream({"step": step, "positions": positions})
+        for (_, one), (_, other) in zip(batches[2 * step :][:2], again, strict=False):
+            assert torch.equal(one["input_ids"], other["input_ids"])
 
 
 @pytest.mark.parametrize("write", [write_text_file, write_parquet])
-def test_a_stream_resumes_twice_inside_a_buffer(write, named, tmp_path):
+def test_a_stream_resumes_twice_inside_a_buffer(write, named, tmp_path, monkeypatch):
     """The position that a resumed stream gives is right too."""
     texts, tokenizer = named
-    data = write_parts(tmp_path / "data", texts[:300], 1, write)
-    config = Config(data=str(data), max_length=64, batch_size=2, micro_batch_size=2)
-    files = bow_mae.list_files(config.data)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bow_mae, "BUFFER_TEXTS", 100)
-        stream = PretrainingStream(config, tokenizer, files, 0.0, [0], {})
-        expected = [batch["input_ids"] for _, batch in itertools.islice(stream, 100)]
-        found, state = [], {}
-        for step in (60, 65, 70, 100):
-            stream = PretrainingStream(config, tokenizer, files, 0.0, [0], state)
-            for info, batch in itertools.islice(stream, step - len(found)):
-                found.append(batch["input_ids"])
-                state = {"step": step, "positions": {0: info["position"]}}
+    monkeypatch.setattr(bow_mae, "BUFFER_TEXTS", 100)
+    stream = stream_of(tokenizer, write_parts(tmp_path / "data", texts[:300], 1, write), 1, 2)
+    expected = [batch["input_ids"] for _, batch in itertools.islice(stream({}), 100)]
+    found, state = [], {}
+    for step in (60, 65, 70, 100):
+        for info, batch in itertools.islice(stream(state), step - len(found)):
+            found.append(batch["input_ids"])
+            state = {"step": step, "positions": {0: info["position"]}}
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -1575,10 +1574,17 @@ def test_a_bug_of_ours_keeps_its_traceback(workplace):
     assert ended.returncode == 1 and "TypeError: 'NoneType' object is not callable" in ended.stderr
 
 
-def test_rank_without_the_rest_of_torchrun_gives_one_line(corpus, tmp_path):
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK is set but LOCAL_RANK is not"),
+        ({"WORLD_SIZE": "3"}, "WORLD_SIZE is set but RANK is not"),  # --batch_size is not to blame
+    ],
+)
+def test_a_part_of_what_torchrun_sets_gives_one_line(given, message, corpus, tmp_path):
+    environment = os.environ | given
     ended = start("--data", corpus, "--output", tmp_path / "out", env=environment)
-    assert ended.returncode == 2 and "RANK is set but LOCAL_RANK is not" in ended.stderr
+    assert ended.returncode == 2 and message in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -2203,13 +2209,13 @@ def test_the_loss_is_that_of_a_loop_without_known_positives():
 
 def keep_gradients(monkeypatch):
     """A list that gets the gradients of each step of a fine-tuning, before they are clipped."""
-    kept, clip = [], eval_retrieval.clip_grad_norm_
+    kept, clip = [], torch.nn.utils.clip_grad_norm_
 
     def clip_and_keep(parameters, norm):
         kept.append([parameter.grad.clone() for parameter in parameters])
         return clip(parameters, norm)
 
-    monkeypatch.setattr(eval_retrieval, "clip_grad_norm_", clip_and_keep)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_keep)
     return kept
 
 
@@ -2235,11 +2241,11 @@ def test_cached_gradients_are_those_of_one_big_batch(finetuned, tmp_path, monkey
 
 KEEP_GRADIENTS = """
 import sys, torch, eval_retrieval
-clip = eval_retrieval.clip_grad_norm_
+clip = torch.nn.utils.clip_grad_norm_
 def clip_and_keep(parameters, norm):
     torch.save([parameter.grad for parameter in parameters], sys.argv[1])
     return clip(parameters, norm)
-eval_retrieval.clip_grad_norm_ = clip_and_keep
+torch.nn.utils.clip_grad_norm_ = clip_and_keep
 eval_retrieval.main(sys.argv[2:])
 """
 
@@ -2400,10 +2406,11 @@ def test_nq_joins_its_own_negatives_with_mined_ones(tmp_path):
 
 
 @pytest.mark.parametrize("has_head", [True, False])
-def test_a_fine_tuned_folder_opens_again_with_the_same_vectors(has_head, beir, tmp_path):
+def test_a_fine_tuned_folder_opens_again_with_the_same_vectors(has_head, beir, tmp_path, capfd):
     source = write_model(tmp_path / "model", has_head, "mean", "cos")
     flags = ["--model", source, "--data", beir, "--output", tmp_path / "out"]
     retrieval("finetune", *STEPS, "--steps", 2, *flags)
+    assert f"model saved in {tmp_path / 'out'}" in capfd.readouterr().out
     texts = short_texts(9, seed=5)
     config = RetrievalConfig(model=str(tmp_path / "out"), max_passage_length=32, precision="fp32")
     encoder = eval_retrieval.Encoder(config, torch.device("cpu"))
