@@ -985,6 +985,14 @@ def parse_config(argv, kind):
     return config
 
 
+def check_numbers(config, least):
+    """UserError for a number below its least, which is 0 for a float and 1 for an integer."""
+    for name, value in vars(config).items():
+        lowest = least.get(name, 0 if isinstance(value, float) else 1)
+        if type(value) in (int, float) and not lowest <= value < math.inf:
+            raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
+
+
 def complete_config(config):
     """Fill in the flags that were not given, and return them; UserError for impossible values."""
     table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PRETRAINED_DEFAULTS
@@ -993,11 +1001,7 @@ def complete_config(config):
     vars(config).update(filled)
     for name in ("data", "model", "output"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
-    least = {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0}
-    for name, value in vars(config).items():
-        lowest = least.get(name, 0 if isinstance(value, float) else 1)
-        if type(value) in (int, float) and not lowest <= value < math.inf:
-            raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
+    check_numbers(config, {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0})
     for name in ("mask_ratio", "adam_beta2"):
         if not 0 < getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must lie between 0 and 1")

@@ -18,7 +18,6 @@ Reading order: a task is read, its texts are encoded and searched, the ranking i
 import ast
 import csv
 import gzip
-import hashlib
 import io
 import json
 import math
@@ -43,6 +42,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from datasets.fingerprint import Hasher
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM
@@ -69,6 +69,7 @@ class RetrievalConfig:
     max_passage_length: int | None = HfArg(default=None, help="tokens of a passage")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="of autocast")
     seed: int = HfArg(default=0, help="of everything that is drawn")
+    text: str = HfArg(default="", help="question or text, also as the first word of a command")
     # Search and evaluation.
     index: str = HfArg(default="Flat", help="of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
     split: str = HfArg(default="test", help="split that is evaluated")
@@ -371,7 +372,7 @@ def passage_texts(passages, rows):
 
 # ---- encoding
 
-CHUNK_SIZE = 4096  # texts in a file of vectors
+CHUNK_SIZE = 1024  # texts in a file of vectors
 
 
 def model_file(source, name):
@@ -409,12 +410,9 @@ class Encoder(nn.Module):
         except (OSError, ValueError, IndexError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--model {source} cannot encode {longest} tokens: {reason}") from error
-        missing = set(report["missing_keys"])
-        lacking = missing & {
-            f"{lm.base_model_prefix}.{name}" for name in lm.base_model.state_dict()
-        }
-        if lacking:
-            raise UserError(f"--model {source} lacks weights, such as {min(lacking)}")
+        missing = report["missing_keys"]
+        if any(name.startswith(f"{lm.base_model_prefix}.") for name in missing):
+            raise UserError(f"--model {source} lacks weights of its encoder")
         # Without a head the encoder stays, which a masked LM makes without a pooler.
         self.lm = lm.base_model if missing else lm
         self.to(device).eval()
@@ -425,10 +423,8 @@ class Encoder(nn.Module):
         if self.pooling not in ("cls", "mean"):
             raise UserError(f"--model {source}: pooling {self.pooling} is not supported")
         settings = f"{self.dtype} {self.pooling} {self.similarity}"
-        digest = hashlib.sha256((settings + self.tokenizer.backend_tokenizer.to_str()).encode())
-        for tensor in self.lm.base_model.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
-        self.fingerprint = digest.hexdigest()  # of all that vectors depend on
+        state = [self.tokenizer.backend_tokenizer.to_str(), self.lm.base_model.state_dict()]
+        self.fingerprint = Hasher.hash([settings, *state])  # of all that vectors depend on
         kind = "encoder without a head" if missing else "masked LM"
         print_once(f"{source}: {kind}, {settings}, up to {longest} tokens, {device}")
 
@@ -446,7 +442,7 @@ class Encoder(nn.Module):
         return F.normalize(vectors, dim=1) if self.similarity == "cos" else vectors
 
     @torch.no_grad()
-    def encode(self, texts, max_length, bar=None):
+    def encode(self, texts, max_length):
         """The vectors (N, D) of texts, float32, computed in batches of like length."""
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
@@ -455,47 +451,37 @@ class Encoder(nn.Module):
             chosen = order[start : start + 64]
             padded = {"input_ids": [tokens[i] for i in chosen]}
             vectors[chosen] = self(self.tokenizer.pad(padded, return_tensors="pt")).cpu().numpy()
-            if bar is not None:
-                bar.update(len(chosen))
         if not np.isfinite(vectors).all():
             raise UserError("a vector is not finite: set --precision fp32")
         return vectors
 
 
 def encode_collection(encoder, texts, folder, prefix, length):
-    """Write the vectors of texts, CHUNK_SIZE a file, each process its slice; returns the files.
+    """Write the vectors of texts, CHUNK_SIZE a file, which processes share out; returns all files.
 
     They lie in a folder that is named by all that they depend on: what an interrupted run has
     finished serves again, and the rest is removed.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    key = f"{encoder.fingerprint} {texts._fingerprint} {CHUNK_SIZE} {length} {prefix}"
-    target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    key = [encoder.fingerprint, texts._fingerprint, CHUNK_SIZE, length, prefix]
+    target, rank = Path(folder, Hasher.hash(key)), dist.get_rank()
     if rank == 0:
         target.mkdir(parents=True, exist_ok=True)
-        for outdated in set(folder.iterdir()) - {target}:
+        for outdated in set(target.parent.iterdir()) - {target}:
             shutil.rmtree(outdated)
     dist.barrier()
-    starts = np.arange(0, len(texts), CHUNK_SIZE)
-    starts = np.array_split(starts, world_size)[rank].tolist()
-    own_rows = {
-        target / f"{start:010}.npy": range(start, min(start + CHUNK_SIZE, len(texts)))
-        for start in starts
-    }
-    total = sum(len(rows) for rows in own_rows.values())
-    bar = tqdm(desc=f"encode {folder.name}", total=total, disable=rank > 0)
-    for file, rows in own_rows.items():
-        if file.exists():
-            bar.update(len(rows))
-            continue
-        chunk = [prefix + text for text in passage_texts(texts, rows)]
-        vectors = encoder.encode(chunk, length, bar)
-        with file.with_suffix(".tmp").open("wb") as unfinished:
-            np.save(unfinished, vectors)
-        file.with_suffix(".tmp").replace(file)
-    bar.close()
+    starts = range(0, len(texts), CHUNK_SIZE)
+    files = [target / f"{start:010}.npy" for start in starts]
+    own = files[rank :: dist.get_world_size()]
+    for file in tqdm(own, f"encode {target.parent.name}", unit="file", disable=rank > 0):
+        if not file.exists():
+            start = int(file.stem)
+            rows = range(start, min(start + CHUNK_SIZE, len(texts)))
+            chunk = [prefix + text for text in passage_texts(texts, rows)]
+            unfinished = file.with_suffix(".tmp.npy")
+            np.save(unfinished, encoder.encode(chunk, length))
+            unfinished.replace(file)
     dist.barrier()
-    return sorted(target.glob("*.npy")), list(own_rows)
+    return files
 
 
 # ---- search
@@ -518,86 +504,63 @@ def check_index(config, encoder, num_passages):
     if re.search("PQ|RQ", config.index):
         bits = re.findall(r"x(\d+)", config.index) or ["8"]  # PQ16 is PQ16x8
         needed = max(needed, 2 ** int(bits[-1]))
-    # The last process has whole files and the last one, see encode_collection.
-    num_files = math.ceil(num_passages / CHUNK_SIZE)
-    own_files = max(1, num_files // dist.get_world_size())
-    share = num_passages - (num_files - own_files) * CHUNK_SIZE
-    if share < needed:
+    starts = range(0, num_passages, CHUNK_SIZE)[dist.get_rank() :: dist.get_world_size()]
+    share = sum(min(CHUNK_SIZE, num_passages - start) for start in starts)
+    if 0 < share < needed:
         raise UserError(f"--index {config.index} needs {needed} passages a process, not {share}")
 
 
 def build_index(config, encoder, passages):
-    """The faiss index, by row, of this process's slice of the passages, which it encodes."""
+    """The faiss index, by row, of this process's share of the passages, which it encodes."""
     faiss.omp_set_num_threads(torch.get_num_threads())
     folder, length = Path(config.output, "vectors", "passages"), config.max_passage_length
-    _, files = encode_collection(encoder, passages, folder, config.passage_prefix, length)
-    kind = f"IDMap,{config.index}" if files else "IDMap,Flat"  # nothing to train on
+    files = encode_collection(encoder, passages, folder, config.passage_prefix, length)
+    own = files[dist.get_rank() :: dist.get_world_size()]
+    kind = f"IDMap,{config.index}" if own else "IDMap,Flat"  # nothing to train on
     width = encoder.lm.config.hidden_size
     index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         print_once(f"training the index {config.index}")
-        every = math.ceil(len(files) * CHUNK_SIZE / 300_000)  # so many vectors are enough
-        index.train(np.concatenate([np.load(file)[::every] for file in files]))
+        every = math.ceil(len(own) * CHUNK_SIZE / 300_000)  # so many vectors are enough
+        index.train(np.concatenate([np.load(file)[::every] for file in own]))
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = max(1, inverted.nlist // 16)  # lists searched for a query, not only 1
-    for file in tqdm(files, "index", unit="file", disable=dist.get_rank() > 0):
+    for file in tqdm(own, "index", unit="file", disable=dist.get_rank() > 0):
         vectors = np.load(file)
         index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem))
     return index
 
 
-def write_index(config, encoder, passages, index):
-    """Write output/index: the passages, a faiss index of each process, and then the flags."""
-    folder, rank = Path(config.output, "index"), dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        passages.save_to_disk(folder / "passages")
-    dist.barrier()
-    faiss.write_index(index, str(folder / f"{rank:05}.faiss"))
-    dist.barrier()
-    if rank == 0:
-        saved = {"config": asdict(config), "encoder": encoder.fingerprint}
-        bow_mae.write_json(folder / "index.json", saved)
-
-
 def search_index(index, vectors, k):
-    """Scores and rows (Q, k) of the best passages of an index; row -1 where it has no more."""
-    found = []
-    bar = tqdm(desc="search", total=len(vectors), unit="query", disable=dist.get_rank() > 0)
-    for start in range(0, len(vectors), 256):
-        found.append(index.search(vectors[start : start + 256], k))
-        bar.update(len(found[-1][0]))
-    bar.close()
-    scores = np.concatenate([scores for scores, _ in found])
-    return scores, np.concatenate([rows for _, rows in found])
+    """Scores and rows (Q, k) of the best passages of all processes, on the first; else None.
 
-
-def merge_hits(found):
-    """The k best of several indexes' scores and rows, each (Q, k)."""
-    scores = np.stack([scores for scores, _ in found])  # (indexes, Q, k)
-    rows = np.stack([rows for _, rows in found])
-    return faiss.merge_knn_results(scores, rows, keep_max=True)
-
-
-def retrieve(config, task, encoder, k, writes=False):
-    """Scores and rows (Q, k) of each query's best passages, on the first process; else None.
-
-    Without an encoder BM25 searches. `writes`: leave the index for the command `search`.
+    The row is -1 where there are no more.
     """
+    batches = np.split(vectors, range(256, len(vectors), 256))
+    hidden = dist.get_rank() > 0 or len(batches) == 1
+    found = [index.search(batch, k) for batch in tqdm(batches, "search", disable=hidden)]
+    scores = np.concatenate([scores for scores, _ in found])
+    rows = np.concatenate([rows for _, rows in found])
+    everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object((scores, rows), everyone)
+    if everyone is None:
+        return None
+    all_scores = np.stack([scores for scores, _ in everyone])  # (processes, Q, k)
+    all_rows = np.stack([rows for _, rows in everyone])
+    return faiss.merge_knn_results(all_scores, all_rows, keep_max=True)
+
+
+def retrieve(config, task, encoder, k):
+    """What `search_index` returns for the queries of a task; without an encoder BM25 searches."""
     queries = list(task.queries.values())
     if encoder is None:
         return bm25(task.passages, queries, k) if dist.get_rank() == 0 else None
     index = build_index(config, encoder, task.passages)
-    if writes:
-        write_index(config, encoder, task.passages, index)
     texts = datasets.Dataset.from_dict({"text": queries})
     folder, length = Path(config.output, "vectors", "queries"), config.max_query_length
-    files, _ = encode_collection(encoder, texts, folder, config.query_prefix, length)
-    vectors = np.concatenate([np.load(file) for file in files])  # (Q, D)
-    everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(search_index(index, vectors, k), everyone)
-    return merge_hits(everyone) if everyone else None
+    files = encode_collection(encoder, texts, folder, config.query_prefix, length)
+    return search_index(index, np.concatenate([np.load(file) for file in files]), k)
 
 
 # Those that Lucene's EnglishAnalyzer leaves out.
@@ -629,33 +592,27 @@ def bm25(passages, queries, k):
     """Scores and rows (Q, k) of the best passages by BM25, row -1 where no more match.
 
     Robertson's BM25 as in Lucene, k1 = 0.9 and b = 0.4, without a stemmer. Its inverted index is
-    in memory, some 35 bytes a posting: meant for up to a few million passages.
+    in memory, some 20 bytes a posting: meant for up to a few million passages.
     """
-    numbers, terms, counts, sizes, lengths = {}, array("i"), array("i"), [], []
+    rows, counts = defaultdict(lambda: array("i")), defaultdict(lambda: array("i"))  # by term
+    lengths = []
     for row in tqdm(range(len(passages)), "BM25 index", unit="passage"):
         found = Counter(bm25_terms(passage_texts(passages, [row])[0]))
-        terms.extend(numbers.setdefault(term, len(numbers)) for term in found)
-        counts.extend(found.values())
-        sizes.append(len(found))
         lengths.append(found.total())
-    terms, counts = np.asarray(terms), np.asarray(counts)  # (postings,)
-    rows = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)  # (postings,)
-    frequency = np.bincount(terms, minlength=len(numbers))  # (terms,)
-    idf = np.log(1 + (len(sizes) - frequency + 0.5) / (frequency + 0.5))
+        for term, count in found.items():
+            rows[term].append(row)
+            counts[term].append(count)
     norm = 0.9 * (1 - 0.4 + 0.4 * np.array(lengths) / max(np.mean(lengths), 1e-9))  # (passages,)
-    weights = (idf[terms] * counts / (counts + norm[rows])).astype(np.float32)  # (postings,)
-    order = np.argsort(terms, kind="stable")
-    rows, weights, ends = rows[order], weights[order], np.cumsum(frequency)
 
     best_scores = np.zeros((len(queries), k), np.float32)
     best_rows = np.full((len(queries), k), -1)
     for i, query in enumerate(tqdm(queries, "BM25 search", unit="query")):
-        scores = np.zeros(len(sizes), np.float32)  # (passages,)
-        for term, count in Counter(bm25_terms(query)).items():
-            if term in numbers:
-                end = ends[numbers[term]]
-                postings = slice(end - frequency[numbers[term]], end)
-                scores[rows[postings]] += count * weights[postings]
+        scores = np.zeros(len(lengths), np.float32)  # (passages,)
+        for term, repeats in Counter(bm25_terms(query)).items():
+            if term in rows:
+                postings, count = np.array(rows[term]), np.array(counts[term])
+                idf = math.log(1 + (len(lengths) - len(count) + 0.5) / (len(count) + 0.5))
+                scores[postings] += repeats * idf * count / (count + norm[postings])
         matched = np.flatnonzero(scores)
         best = matched[np.argsort(-scores[matched], kind="stable")[:k]]
         best_scores[i, : len(best)] = scores[best]
@@ -1147,18 +1104,18 @@ def prepare(config, split, device):
 
 
 def index_passages(config, device):
-    """Encode the passages of --data, which need no queries, and write their index for `search`."""
+    """Encode the passages of --data, which need no queries, for `search`."""
     if config.model == "bm25":
         raise UserError("--model bm25 has no index to write")
     task, encoder, lock = prepare(config, "", device)
-    write_index(config, encoder, task.passages, build_index(config, encoder, task.passages))
+    build_index(config, encoder, task.passages)
 
 
 def evaluate(config, device):
-    """Retrieve for the queries of --split; write run, metrics and index, return mean metrics."""
+    """Retrieve for the queries of --split; write run and metrics, return mean metrics."""
     other = read_run(config.compare) if config.compare else {}
     task, encoder, lock = prepare(config, config.split, device)
-    found = retrieve(config, task, encoder, config.top_k + 17, writes=True)  # more, for ties
+    found = retrieve(config, task, encoder, config.top_k + 17)  # more, for ties
     if found is None:
         return None
     run = dict(ranked_hits(task, *found, config.top_k))
@@ -1225,35 +1182,33 @@ def recipe(config, device):
         bow_mae.write_json(output / "table.json", table)
 
 
-def search(config, device, text):
-    """Print the ten best passages for a text, or for each line of the input, from --output."""
-    folder = Path(config.output, "index")
-    try:
-        saved = json.loads((folder / "index.json").read_text())
-    except OSError as error:
-        raise UserError(f"--output {config.output} has no index: run `index` first") from error
-    config = RetrievalConfig(**saved["config"])
-    encoder = Encoder(config, device)
-    if encoder.fingerprint != saved["encoder"]:
-        raise UserError(f"--output {folder}: {config.model} has changed, run `index` again")
-    passages = datasets.load_from_disk(folder / "passages")
-    indexes = [faiss.read_index(str(path)) for path in sorted(folder.glob("*.faiss"))]
-    for line in [text] if text else sys.stdin:
-        vectors = encoder.encode([config.query_prefix + line.strip()], config.max_query_length)
-        scores, rows = merge_hits([index.search(vectors, 10) for index in indexes])
-        for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
-            if row >= 0:
-                passage = " ".join(passage_texts(passages, [row])[0].split())
-                print(f"{score:8.3f}  {passages[row]['_id']}\n          {passage[:150]}")
+def search(config, device):
+    """Print the ten best passages for a text, of what `index` or `evaluate` left in --output."""
+    output, text = Path(config.output), config.text
+    if not (output / "vectors").is_dir():
+        raise UserError(f"--output {output} has no index: run `index` first")
+    saved = json.loads((output / "run.json").read_text())["config"]
+    config = RetrievalConfig(**saved | {"output": config.output})
+    task, encoder = load_task(config, ""), Encoder(config, device)
+    index = build_index(config, encoder, task.passages)
+    vectors = encoder.encode([config.query_prefix + text], config.max_query_length)
+    found = search_index(index, vectors, 10)
+    if found is None:  # another process prints
+        return
+    scores, rows = found
+    for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
+        if row >= 0:
+            passage = " ".join(passage_texts(task.passages, [row])[0].split())
+            print(f"{score:8.3f}  {task.passages[row]['_id']}\n          {passage[:150]}")
 
 
-def explain(config, device, text):
+def explain(config, device):
     """Print the 20 best terms of a text's [CLS], with those in the text, and the coverage."""
     encoder = Encoder(config, device)
     if encoder.lm.base_model is encoder.lm:
         raise UserError(f"--model {config.model} has no masked-LM head to explain with")
-    tokens = encoder.tokenizer(text, truncation=True, max_length=config.max_passage_length)
-    input_ids = torch.tensor([tokens["input_ids"]], device=device)  # (1, L)
+    options = {"max_length": config.max_passage_length, "return_tensors": "pt"}
+    input_ids = encoder.tokenizer(config.text, truncation=True, **options)["input_ids"].to(device)
     special = bow_mae.special_ids(encoder.tokenizer, encoder.lm.config.vocab_size).to(device)
     with torch.no_grad():
         hidden = encoder.lm.base_model(input_ids).last_hidden_state  # (1, L, D)
@@ -1281,54 +1236,44 @@ COMMANDS = {
     "index": (index_passages, INDEX_FLAGS),
     "mine": (mine, MINE_FLAGS),
     "finetune": (finetune, FINETUNE_FLAGS),
-    "search": (search, "output"),
-    "explain": (explain, ENCODER_FLAGS),
+    "search": (search, "text output"),
+    "explain": (explain, "text " + ENCODER_FLAGS),
 }
 
 
 def parse_command(argv):
-    """Command, config, text (if the command takes one) and filled-in flags of a command line."""
-    name, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    """The command, its config, and the flags that were filled in, of a command line."""
+    name, *flags = argv if argv and not argv[0].startswith("-") else ["", *argv]
     if name not in COMMANDS:
         raise UserError(f"{name}: the commands are{' '.join(COMMANDS)}, or none for the recipe")
-    texts = []
-    if name in ("search", "explain"):
-        texts = [rest.pop(0) if rest and not rest[0].startswith("-") else ""]
-    if name == "explain" and not texts[0]:
-        raise UserError("explain needs a text, in quotation marks")
-    command, flags = COMMANDS[name]
-    chosen = [flag for flag in fields(RetrievalConfig) if flag.name in flags.split()]
-    kind = make_dataclass("Flags", [(flag.name, flag.type, copy(flag)) for flag in chosen])
-    given = vars(bow_mae.parse_config(rest, kind))
+    command, names = COMMANDS[name]
+    if "text" in names.split() and flags and not flags[0].startswith("-"):
+        flags = ["--text", *flags]
+    own = [flag for flag in fields(RetrievalConfig) if flag.name in names.split()]
+    kind = make_dataclass("Flags", [(flag.name, flag.type, copy(flag)) for flag in own])
+    given = vars(bow_mae.parse_config(flags, kind))
     config = RetrievalConfig(**given)
     is_short = config.data == "python-docs" and not config.train_data
     table = SHORT_DEFAULTS if is_short else PAPER_DEFAULTS
     filled = {flag: table[flag] for flag in table if flag in given and given[flag] is None}
     config = replace(config, **filled)
-    check_config(config)
-    return command, config, texts, filled
-
-
-def check_config(config):
-    """UserError for values that no command can use."""
-    from_zero = ("seed", "negatives", "warmup_steps", "workers")
-    for flag, value in vars(config).items():
-        least = 0 if flag in from_zero or isinstance(value, float) else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
-            raise UserError(f"--{flag} {value} must be a finite number, at least {least}")
+    bow_mae.check_numbers(
+        config, dict.fromkeys(("seed", "negatives", "warmup_steps", "workers"), 0)
+    )
     if len(config.depth) != 2 or not 1 <= config.depth[0] <= config.depth[1]:
         raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
-    if config.temperature == 0:
-        raise UserError("--temperature 0 would divide by zero")
+    if "text" in given and not config.text:
+        raise UserError(f"{name} needs a text, in quotation marks")
+    return command, config, filled
 
 
 def run(argv):
     """Run the command of a command line, or the recipe."""
-    command, config, texts, filled = parse_command(argv)
+    command, config, filled = parse_command(argv)
     device = bow_mae.init_distributed()
-    if filled and not texts:
-        print_once(f"not given: {' '.join(f'--{flag} {filled[flag]}' for flag in filled)}")
-    command(config, device, *texts)
+    if filled:
+        print_once(f"not given: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
+    command(config, device)
 
 
 def main(argv=None):
