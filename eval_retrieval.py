@@ -18,7 +18,7 @@ Reading order: a task is read, its texts are encoded and searched, the ranking i
 import ast
 import csv
 import gzip
-import io
+import itertools
 import json
 import math
 import os
@@ -110,6 +110,12 @@ PAPER_DEFAULTS |= {"lr": 2e-5, "weight_decay": 0.0}
 
 # ---- task: passages, queries and judgements
 
+FIELD_NAMES = {  # of passages and queries
+    "_id": ("_id", "id", "docid", "passage_id", "psg_id", "query_id"),
+    "title": ("title",),
+    "text": ("text", "query"),
+}
+
 
 @dataclass
 class Task:
@@ -139,81 +145,58 @@ def json_array(file):
         raise ValueError("a record is malformed, or the array has no end")
 
 
-def dpr_questions(lines):
-    """Yield the records of DPR's files of a question, a tab, and a list of answers in Python."""
-    rows = csv.DictReader(lines, ["text", "answers"], delimiter="\t")
-    for number, row in enumerate(rows):
-        answers = ast.literal_eval(row["answers"])
-        yield {"_id": f"question:{number}", "text": row["text"], "answers": answers}
+def parse_line(line, number, name):
+    """The record of a line: of JSON, of a file of DPR, or of fields between tabs or else spaces."""
+    if line.lstrip().startswith("{"):
+        return json.loads(line)
+    line = line.rstrip("\r\n")
+    if name.startswith("psgs_w100.tsv"):
+        passage_id, text, title = next(csv.reader([line], delimiter="\t"))
+        return {"_id": passage_id, "text": text, "title": title} if number > 1 else {}
+    if ".qa.csv" in name:
+        text, answers = next(csv.reader([line], delimiter="\t"))
+        return {"_id": f"question:{number}", "text": text, "answers": ast.literal_eval(answers)}
+    fields = line.split("\t" if "\t" in line else None)
+    if len(fields) < 2:
+        raise ValueError("neither a JSON object nor fields between tabs")
+    return {"_id": fields[0], "text": " ".join(fields[1:]), "fields": fields}
 
 
 def read_file(path):
-    """Yield (where, record) of JSON lines or a JSON array, (where, fields) of any other file.
-
-    What a file holds shows in its content, not in its name. UserError names the file and line.
-    """
+    """Yield (where, record) of a file; UserError names it with the line."""
     number = 0
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as file:
-            start = file.read(2**16).lstrip().decode("utf-8-sig", errors="ignore")
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            is_array = file.read(99).lstrip().startswith("[")
             file.seek(0)
-            lines = (line.decode("utf-8-sig") for line in file)
-            if start.startswith("["):
-                records = json_array(io.TextIOWrapper(file, "utf-8-sig"))
-            elif start.startswith("{"):
-                records = (dict(json.loads(line)) if line.strip() else {} for line in lines)
-            elif start.startswith("id\ttext\ttitle"):  # DPR's passages
-                records = csv.DictReader(lines, delimiter="\t")
-            elif ".qa.csv" in path.name:
-                records = dpr_questions(lines)
-            else:
-                separator = "\t" if "\t" in start.split("\n")[0] else None
-                records = (line.rstrip("\r\n").split(separator) for line in lines)
-            for number, record in enumerate(records, 1):
-                if record and record != [""]:
+            for number, record in enumerate(json_array(file) if is_array else file, 1):
+                if not is_array:
+                    record = parse_line(record, number, path.name) if record.strip() else {}
+                if record:
                     yield f"{path}, line {number}", record
-    except (ValueError, TypeError, SyntaxError, EOFError, csv.Error, zlib.error) as error:
-        raise UserError(f"{path}, line {number + 1}: {error}") from error
+    except (ValueError, SyntaxError, EOFError, csv.Error, zlib.error) as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
 
 
-def find_id(record):
-    """The id of a record, under any of its names, as a text; None if it has none."""
-    for name in ("_id", "id", "docid", "passage_id", "psg_id", "query_id"):
-        if record.get(name) is not None:
-            return str(record[name])
-    return None
-
-
-def record_id(record, where):
-    """The id of a record; white space in it would end a field of a TREC file."""
-    name = find_id(record)
-    if name is None or name.split() != [name]:
-        raise UserError(f"{where}: an id without white space is needed, not {name!r}")
-    return name
-
-
-def text_of(record, name, where):
-    """A text of a record, empty where it is null or missing; half a surrogate pair becomes "?"."""
-    value = record.get(name) or ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name} is no text")
-    return value.encode(errors="replace").decode()
-
-
-def passage_of(record, where):
-    """Title and text of a passage, of which one may be missing."""
-    if not isinstance(record, dict) or not {"title", "text"} & record.keys():
-        raise UserError(f"{where}: a passage needs a text")
-    return {name: text_of(record, name, where) for name in ("title", "text")}
+def clean_record(record, where):
+    """_id, title and text of a passage or query, whatever their names; "" for what is missing."""
+    if not isinstance(record, dict) or not {"title", "text", "query"} & record.keys():
+        raise UserError(f"{where}: no text")
+    cleaned = {}
+    for field, names in FIELD_NAMES.items():
+        values = [record[name] for name in names if record.get(name) is not None]
+        value = values[0] if values else ""
+        if not isinstance(value, str | int):
+            raise UserError(f"{where}: {field} is no text")
+        cleaned[field] = str(value).encode(errors="replace").decode()  # for half a surrogate pair
+    return cleaned
 
 
 def read_passages(path, size, modified):
     """Yield _id, title and text of a collection; size and time of the file key the cache."""
     for where, record in read_file(Path(path)):
-        if isinstance(record, list):  # of MS MARCO; a title column stays a part of the text
-            record = {"_id": record[0], "text": " ".join(record[1:])}
-        yield {"_id": record_id(record, where), **passage_of(record, where)}
+        yield clean_record(record, where)
 
 
 def cached_dataset(read, path):
@@ -230,43 +213,41 @@ def cached_dataset(read, path):
 
 
 def collect_queries(records):
-    """Texts, and answers where there are any, by query id; DPR's questions count from 0."""
+    """Texts, and answers where there are any, by query id."""
     queries, answers = {}, {}
     for where, record in records:
-        if isinstance(record, list):
-            record = {"_id": record[0], "text": " ".join(record[1:])}
-        query_id = record_id(record, where)
-        if query_id in queries:
-            raise UserError(f"{where}: query {query_id} occurs twice")
-        text = text_of(record, "text", where) or text_of(record, "query", where)
-        if text.strip():
-            queries[query_id] = text
+        query = clean_record(record, where)
+        if query["_id"] in queries:
+            raise UserError(f"{where}: query {query['_id']} occurs twice")
+        if query["text"].strip():
+            queries[query["_id"]] = query["text"]
         if record.get("answers"):
-            answers[query_id] = list(record["answers"])
+            answers[query["_id"]] = record["answers"]
     return queries, answers
 
 
-def collect_qrels(judgements):
+def collect_qrels(records):
     """Grades by query and passage id; TREC has its iteration between a query and a passage."""
     qrels = defaultdict(dict)
-    for where, values in judgements:
-        if values[-1] == "score":  # BEIR's header
-            continue
-        if len(values) not in (3, 4):
+    for where, record in records:
+        fields = record.get("fields", [])
+        if len(fields) not in (3, 4):
             raise UserError(f"{where}: expected query-id, passage-id and grade")
-        query_id = record_id({"_id": values[0]}, where)
-        passage_id = record_id({"_id": values[-2]}, where)
-        if not re.fullmatch(r"-?\d+(\.0*)?", str(values[-1]).strip()):
-            raise UserError(f"{where}: the grade {values[-1]!r} is no integer")
-        grade = int(float(values[-1]))
+        query_id, passage_id, grade = fields[0], fields[-2], fields[-1].strip()
+        if grade == "score":  # BEIR's header
+            continue
+        if not re.fullmatch(r"-?\d+(\.0*)?", grade):
+            raise UserError(f"{where}: the grade {grade} is no integer")
+        grade = int(float(grade))
         if qrels[query_id].setdefault(passage_id, grade) != grade:
             raise UserError(f"{where}: {query_id} {passage_id} has another grade further up")
     return dict(qrels)
 
 
-def find_file(folder, *names: str):
+def find_file(folder, *names):
     """The first of these files that is there, as it is or with .gz."""
-    paths = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
+    paths = [folder / name for name in names]
+    paths += [folder / f"{name}.gz" for name in names]
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -278,17 +259,12 @@ def read_folder(folder, split):
     queries, answers, qrels = {}, {}, {}
     if split:
         names = [f"queries.{split}.tsv", f"queries.{split}.jsonl", "queries.tsv", "queries.jsonl"]
+        names += sorted(path.name for path in folder.glob(f"*{split}.qa.csv*"))  # of DPR
         asked = find_file(folder, *names)
-        questions = sorted(folder.glob(f"*{split}.qa.csv*"))  # DPR's nq-test.qa.csv
-        if not asked and len(questions) == 1:
-            asked = questions[0]
-        if asked:
-            queries, answers = collect_queries(read_file(asked))
         judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
-        others = sorted(path.name for path in [*folder.glob("qrels/*"), *folder.glob("qrels.*")])
-        if not queries or not judged and (others or not answers):
-            missing = "qrels" if queries else "queries"
-            raise UserError(f"--data {folder} has no {missing} of {split}; its qrels are {others}")
+        if not asked or not judged and split not in asked.name:
+            raise UserError(f"--data {folder} has no {'qrels' if asked else 'queries'} of {split}")
+        queries, answers = collect_queries(read_file(asked))
         qrels = collect_qrels(read_file(judged)) if judged else {}
     return cached_dataset(read_passages, corpus), queries, answers, qrels
 
@@ -300,21 +276,22 @@ def read_hub(name, split):
         queries = datasets.load_dataset(name, "queries", split="queries") if split else []
         qrels = datasets.load_dataset(f"{name}-qrels", split=split) if split else []
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = bow_mae.short_reason(error)
         raise UserError(f"--data {name}, no folder here, on the hub: {reason}") from error
-    records = ((f"{name}, query {i}", row) for i, row in enumerate(queries))
-    for row in passages.select_columns("_id"):
-        record_id(row, f"--data {name}")
-    columns = ("query-id", "corpus-id", "score")
-    judged = ((f"{name}-qrels, row {i}", [row[c] for c in columns]) for i, row in enumerate(qrels))
-    return passages, *collect_queries(records), collect_qrels(judged)
+    asked, judged = [], []
+    for number, row in enumerate(queries):
+        asked.append((f"{name}, query {number}", row))
+    for number, row in enumerate(qrels):
+        fields = [str(row[column]) for column in ("query-id", "corpus-id", "score")]
+        judged.append((f"{name}-qrels, row {number}", {"fields": fields}))
+    return passages, *collect_queries(asked), collect_qrels(judged)
 
 
 def read_python_docs(split):
     """The same, of python-docs: a summary asks for its text; a hash of the name gives the split."""
-    splits = {"train": range(2, 10), "dev": [1], "test": [0], "all": range(10), "": []}
+    splits = {"train": range(2, 10), "dev": [1], "test": [0], "": []}
     if split not in splits:
-        raise UserError(f"--data python-docs has no split {split}, but {' '.join(splits)}")
+        raise UserError(f"--data python-docs has no split {split}, but train, dev and test")
     print_once("building the corpus, or reading it from the cache")
     docs = bow_mae.python_docs()
     queries, qrels = {}, {}
@@ -340,22 +317,22 @@ def load_task(config, split):
         passages, queries, answers, qrels = read_hub(config.data, split)
     rows = {str(name): row for row, name in enumerate(passages["_id"])}
     if len(rows) < len(passages):
-        (name, _), *_ = Counter(passages["_id"]).most_common(1)
+        name = Counter(passages["_id"]).most_common(1)[0][0]
         raise UserError(f"--data {config.data}: passage id {name!r} occurs twice")
-    judged = [name for grades in qrels.values() for name in grades if grades[name] > 0]
+    judged = list(itertools.chain.from_iterable(qrels.values()))
+    for name in itertools.chain(rows, queries, judged, qrels):
+        if name.split() != [name]:
+            raise UserError(f"--data {config.data}: the id {name!r} is empty or has white space")
     lost_passages = [name for name in judged if name not in rows]
     lost_queries = [query_id for query_id in qrels if query_id not in queries]
-    if qrels and (len(lost_passages) == len(judged) or len(lost_queries) == len(qrels)):
-        raise UserError(f"--data {config.data} lacks all relevant passages, or queries, of {split}")
-    for kind, lost in {"relevant passages": lost_passages, "queries": lost_queries}.items():
+    for kind, lost in {"judged passages": lost_passages, "queries": lost_queries}.items():
         if lost:
             print_once(f"warning: {len(lost)} {kind} are missing, the first is {lost[0]!r}")
     asked = [query_id for query_id in qrels or answers if query_id in queries]
-    if split and not asked:
-        raise UserError(f"--data {config.data}: no query of {split} has judgements or answers")
+    if split and not asked or judged and len(lost_passages) == len(judged):
+        raise UserError(f"--data {config.data} lacks all queries, or judged passages, of {split}")
     queries = {query_id: queries[query_id] for query_id in asked}
     qrels = {query_id: qrels[query_id] for query_id in asked if query_id in qrels}
-    answers = {query_id: answers[query_id] for query_id in asked if query_id in answers}
     # The numbers of MS MARCO's queries have nothing to do with those of its passages.
     has_numbers = find_file(folder, "collection.tsv") is not None
     drop_identical = not has_numbers and not config.keep_identical_ids
@@ -691,38 +668,32 @@ def mean(results):
     return {name: float(table[name].mean()) for name in table}
 
 
-ANSWER_TOKEN = re.compile(rf"(?:[^\W_]|[{MARKS}])+|\S")
+ANSWER_WORD = re.compile(rf"(?:[^\W_]|[{MARKS}])+|\S")
 
 
-def answer_tokens(text):
+def answer_words(text):
     """DPR's words of a text: runs of letters, digits and marks, or single visible characters."""
-    tokens = ANSWER_TOKEN.findall(unicodedata.normalize("NFD", text).lower())
-    return [token for token in tokens if unicodedata.category(token[0])[0] not in "CZ"]
+    words = ANSWER_WORD.findall(unicodedata.normalize("NFD", text).lower())
+    words = [word for word in words if unicodedata.category(word[0])[0] not in "CZ"]
+    return " ".join(["", *words, ""])
 
 
 def has_answer(text, answers):
     """Whether a text has the words of an answer in a row, as in DPR; no words are nowhere."""
-    body = unicodedata.normalize("NFD", text).lower()
-    for tokens in map(answer_tokens, answers):
-        # Most texts lack a word of the answer, which is faster to see than all their own words.
-        if tokens and all(token in body for token in tokens):
-            words = answer_tokens(text)
-            starts = range(len(words) - len(tokens) + 1)
-            if any(words[i : i + len(tokens)] == tokens for i in starts):
-                return True
-    return False
+    body = answer_words(text)
+    return any(words.strip() and words in body for words in map(answer_words, answers))
 
 
 def answer_hits(task, run, top_k):
     """AnswerHit@k of each query: whether the text (no title) of a k best passage has an answer."""
     results = {}
-    for query_id, answers in task.answers.items():
-        rows = [task.rows[name] for name in ranking(run.get(query_id, {}))[:100]]
-        texts = task.passages[rows]["text"] if rows else []
-        hits = [has_answer(text or "", answers) for text in texts]
-        results[query_id] = {
-            f"AnswerHit@{k}": float(any(hits[:k])) for k in (5, 20, 100) if k <= top_k
-        }
+    for query_id, hits in run.items():
+        if query_id in task.answers:
+            rows = [task.rows[name] for name in list(hits)[:100]]
+            texts = task.passages[rows]["text"] if rows else []
+            found = [has_answer(text or "", task.answers[query_id]) for text in texts]
+            ranks = [k for k in (5, 20, 100) if k <= top_k]
+            results[query_id] = {f"AnswerHit@{k}": float(any(found[:k])) for k in ranks}
     return results
 
 
@@ -739,11 +710,11 @@ def permutation_test(differences, seed=0, draws=10_000):
 def read_run(path):
     """A TREC run file, `qid Q0 docid rank score tag` a line; trec_eval does not use the rank."""
     run = defaultdict(dict)
-    for where, values in read_file(Path(path)):
+    for where, record in read_file(Path(path)):
         try:
-            query_id, _, passage_id, _, score, _ = values
+            query_id, _, passage_id, _, score, _ = record["fields"]
             run[query_id][passage_id] = float(score)
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise UserError(f"{where}: expected qid Q0 docid rank score tag") from error
     return dict(run)
 
@@ -765,74 +736,67 @@ class TrainingSet:
 def read_examples(path, size, modified):
     """Yield the passages of a file in Tevatron's or DPR's format, with query and role."""
     for where, record in read_file(Path(path)):
+        query = record.get("query", record.get("question"))
         positives = record.get("positive_passages", record.get("positive_ctxs"))
         negatives = record.get("negative_passages") or record.get("hard_negative_ctxs")
         negatives = negatives or record.get("negative_ctxs") or []
-        query = text_of(record, "query" if "query" in record else "question", where)
         if not query or not isinstance(positives, list) or not isinstance(negatives, list):
             raise UserError(f"{where}: give a query, and positive_passages as a list")
+        query = clean_record({"query": query}, where)["text"]
         for i, passage in enumerate(positives + negatives):
-            row = passage_of(passage, where)
-            row |= {"_id": find_id(passage) or row["text"], "relevant": i < len(positives)}
-            yield row | {"query": query, "query_id": str(record.get("query_id", ""))}
+            row = clean_record(passage, where)
+            row["_id"] = row["_id"] or row["text"]
+            yield row | {"query": query, "relevant": i < len(positives)}
 
 
 def read_negatives(path, task):
-    """Yield (query id, rows) of a file of `mine`, or of lines of a query id and passage ids."""
+    """Yield (query, rows) of a file of `mine`, or of lines of a query id and passage ids."""
     for where, record in read_file(Path(path)):
-        if isinstance(record, list):
-            record = {"query_id": record[0], "negatives": record[1:]}
-        query_id, names = str(record.get("query_id")), record.get("negatives")
-        if query_id not in task.queries or not isinstance(names, list):
-            raise UserError(f"{where}: query {query_id} is not in --data, or negatives are no list")
+        query_id = str(record.get("query_id", record.get("_id")))
+        names = record.get("negatives") or record.get("fields", [])[1:]
         unknown = [name for name in names if str(name) not in task.rows]
-        if unknown:
-            raise UserError(f"{where}: passage {unknown[0]} is not in --data")
-        yield query_id, [task.rows[str(name)] for name in names]
+        if query_id not in task.queries or unknown:
+            raise UserError(f"{where}: query {query_id} or passages {unknown} are not in --data")
+        yield task.queries[query_id], [task.rows[str(name)] for name in names]
 
 
 def load_training_set(config):
-    """The judged queries of --data, with --negatives_file, and --train_data, joined by query."""
-    tables, ids, queries = [], [], {}
-    positives = defaultdict(lambda: array("i"))  # rows by query id
+    """The judged queries of --data, with --negatives_file, and --train_data, joined by text."""
+    tables, ids = [], []
+    positives = defaultdict(lambda: array("i"))  # rows by query
     negatives = defaultdict(lambda: array("i"))
     if config.data != "python-docs" or config.negatives_file or not config.train_data:
         task = load_task(config, config.train_split)
         tables.append(task.passages)
         ids.extend(task.rows)
-        queries |= task.queries
-        for query_id, grades in task.qrels.items():
+        for query_id, query in task.queries.items():
+            grades = task.qrels.get(query_id, {})
             known = [name for name, grade in grades.items() if grade > 0 and name in task.rows]
-            positives[query_id].extend(task.rows[name] for name in known)
+            positives[query].extend(task.rows[name] for name in known)
         for path in config.negatives_file:
-            for query_id, rows in read_negatives(path, task):
-                negatives[query_id].extend(rows)
-    query_ids = {text: query_id for query_id, text in queries.items()}
+            for query, rows in read_negatives(path, task):
+                negatives[query].extend(rows)
     for path in config.train_data:
         table = cached_dataset(read_examples, Path(path))
-        columns = ["query_id", "query", "relevant"]
-        frame = table.select_columns([*columns, "_id"]).to_pandas()
-        for (query_id, text, relevant), rows in frame.groupby(columns).indices.items():
-            if queries.get(query_id) != text:  # DPR's questions have no id
-                query_id = query_ids.get(text, f"{query_id} {text}")
-            queries.setdefault(query_id, text)
+        frame = table.select_columns(["_id", "query", "relevant"]).to_pandas()
+        for (query, relevant), rows in frame.groupby(["query", "relevant"]).indices.items():
             side = positives if relevant else negatives
-            side[query_id].extend((rows + len(ids)).tolist())
+            side[query].extend((rows + len(ids)).tolist())
         tables.append(table.select_columns(["_id", "title", "text"]))
         ids.extend(frame["_id"])
 
     identity = pd.factorize(np.array(ids, dtype=object))[0]
     training = TrainingSet(datasets.concatenate_datasets(tables), identity, [], [], [])
-    for query_id, text in queries.items():
-        if positives[query_id]:
-            rows = np.array(negatives[query_id], np.int32)
-            is_positive = np.isin(identity[rows], identity[positives[query_id]])
-            training.queries.append(text)
-            training.positives.append(np.array(positives[query_id], np.int32))
-            training.negatives.append(rows[~is_positive])
+    for query, known in positives.items():
+        rows = np.array(negatives[query], np.int32)
+        if known:
+            training.queries.append(query)
+            training.positives.append(np.array(known, np.int32))
+            training.negatives.append(rows[~np.isin(identity[rows], identity[known])])
     num_queries = len(training.queries)
-    if num_queries < len(queries):
-        print_once(f"warning: {len(queries) - num_queries} queries have no positive: left out")
+    num_others = len(positives.keys() | negatives.keys()) - num_queries
+    if num_others:
+        print_once(f"warning: {num_others} queries have no positive: left out")
     lacking = sum(len(rows) == 0 for rows in training.negatives)
     if lacking and config.negatives:
         print_once(f"warning: {lacking} of {num_queries} queries have no hard negatives")
@@ -1250,7 +1214,8 @@ def parse_command(argv):
     if "text" in names.split() and flags and not flags[0].startswith("-"):
         flags = ["--text", *flags]
     own = [flag for flag in fields(RetrievalConfig) if flag.name in names.split()]
-    kind = make_dataclass("Flags", [(flag.name, flag.type, copy(flag)) for flag in own])
+    chosen = [(flag.name, flag.type, copy(flag)) for flag in own]
+    kind = make_dataclass("Flags", chosen, namespace={"__doc__": command.__doc__})
     given = vars(bow_mae.parse_config(flags, kind))
     config = RetrievalConfig(**given)
     is_short = config.data == "python-docs" and not config.train_data
