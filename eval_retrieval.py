@@ -129,20 +129,20 @@ class Task:
     drop_identical: bool  # whether a passage with a query's id is its own text, as in BEIR
 
 
-def json_array(file):
-    """Yield the records of a JSON array, a piece of the file at a time: DPR's has 7 GB."""
+def split_array(file):
+    """Yield each object of a JSON array as text, reading a piece at a time: DPR's has 7 GB."""
     text = ""
     for piece in iter(lambda: file.read(2**16), ""):
         text = (text + piece).lstrip("[, \r\n\t")
         while text.startswith("{"):
             try:
-                record, end = json.JSONDecoder().raw_decode(text)
+                _, end = json.JSONDecoder().raw_decode(text)
             except ValueError:
-                break  # the record goes on in the next piece
-            yield record
+                break  # the object goes on in the next piece
+            yield text[:end]
             text = text[end:].lstrip(", \r\n\t")
     if text.strip() != "]":
-        raise ValueError("a record is malformed, or the array has no end")
+        raise ValueError("an object is malformed, or the array has no end")
 
 
 def parse_line(line, number, name):
@@ -152,7 +152,7 @@ def parse_line(line, number, name):
     line = line.rstrip("\r\n")
     if name.startswith("psgs_w100.tsv"):
         passage_id, text, title = next(csv.reader([line], delimiter="\t"))
-        return {"_id": passage_id, "text": text, "title": title} if number > 1 else {}
+        return {"_id": passage_id, "text": text, "title": title}
     if ".qa.csv" in name:
         text, answers = next(csv.reader([line], delimiter="\t"))
         return {"_id": f"question:{number}", "text": text, "answers": ast.literal_eval(answers)}
@@ -163,18 +163,17 @@ def parse_line(line, number, name):
 
 
 def read_file(path):
-    """Yield (where, record) of a file; UserError names it with the line."""
+    """Yield (where, record) of a file of any format; UserError names the line of a bad one."""
     number = 0
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             is_array = file.read(99).lstrip().startswith("[")
             file.seek(0)
-            for number, record in enumerate(json_array(file) if is_array else file, 1):
-                if not is_array:
-                    record = parse_line(record, number, path.name) if record.strip() else {}
-                if record:
-                    yield f"{path}, line {number}", record
+            lines = split_array(file) if is_array else file
+            for number, line in enumerate(lines, 1):
+                if line.strip() and not line.startswith("id\ttext\ttitle"):  # DPR's header
+                    yield f"{path}, line {number}", parse_line(line, number, path.name)
     except (ValueError, SyntaxError, EOFError, csv.Error, zlib.error) as error:
         raise UserError(f"{path}, line {number}: {error}") from error
 
@@ -278,9 +277,8 @@ def read_hub(name, split):
     except (OSError, ValueError) as error:
         reason = bow_mae.short_reason(error)
         raise UserError(f"--data {name}, no folder here, on the hub: {reason}") from error
-    asked, judged = [], []
-    for number, row in enumerate(queries):
-        asked.append((f"{name}, query {number}", row))
+    asked = [(f"{name}, query {number}", row) for number, row in enumerate(queries)]
+    judged = []
     for number, row in enumerate(qrels):
         fields = [str(row[column]) for column in ("query-id", "corpus-id", "score")]
         judged.append((f"{name}-qrels, row {number}", {"fields": fields}))
@@ -333,9 +331,8 @@ def load_task(config, split):
         raise UserError(f"--data {config.data} lacks all queries, or judged passages, of {split}")
     queries = {query_id: queries[query_id] for query_id in asked}
     qrels = {query_id: qrels[query_id] for query_id in asked if query_id in qrels}
-    # The numbers of MS MARCO's queries have nothing to do with those of its passages.
-    has_numbers = find_file(folder, "collection.tsv") is not None
-    drop_identical = not has_numbers and not config.keep_identical_ids
+    is_beir = find_file(folder, "collection.tsv") is None  # MS MARCO only numbers its queries
+    drop_identical = is_beir and not config.keep_identical_ids
     return Task(passages, rows, queries, qrels, answers, drop_identical)
 
 
@@ -365,11 +362,11 @@ def saved_pooling(source):
     if unknown:
         raise UserError(f"--model {source}: its module {min(unknown)} is not supported")
     config = model_file(source, "1_Pooling/config.json")
-    modes = [name for name, value in config.items() if "pooling_mode_" in name and value is True]
-    modes += [config["pooling_mode"]] if "pooling_mode" in config else []
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    modes = [name for name in config if "pooling_mode_" in name and config[name]]
     pooling = "+".join(names.get(mode, mode) for mode in modes)
-    return pooling or "cls", "cos" if "Normalize" in modules else "dot"
+    pooling = pooling or config.get("pooling_mode", "cls")
+    return pooling, "cos" if "Normalize" in modules else "dot"
 
 
 class Encoder(nn.Module):
@@ -648,24 +645,18 @@ def evaluate_run(run, qrels, relevance_level=1, top_k=1000):
         gains = [judged.get(name, 0) for name in names[:10]]
         ideal = sorted(judged.values(), reverse=True)[:10]
         precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
-        values = {"MRR@10": 1 / first if first <= 10 else 0}
-        values["nDCG@10"] = dcg(gains) / dcg(ideal)
-        values["MAP@1000"] = sum(precisions) / num_relevant
+        values = {
+            "MRR@10": 1 / first if first <= 10 else 0,
+            "nDCG@10": dcg(gains) / dcg(ideal),
+            "MAP@1000": sum(precisions) / num_relevant,
+        }
         for k in (50, 100, 1000):
             values[f"Recall@{k}"] = sum(rank <= k for rank in ranks) / num_relevant
         for k in (1, 10, 50, 1000):
             values[f"Hit@{k}"] = first <= k
-        results[query_id] = {}
-        for name, value in values.items():
-            if int(name.split("@")[1]) <= top_k:
-                results[query_id][name] = float(value)
+        names = [name for name in values if int(name.split("@")[1]) <= top_k]
+        results[query_id] = {name: float(values[name]) for name in names}
     return results
-
-
-def mean(results):
-    """The mean of each metric over queries."""
-    table = pd.DataFrame(list(results.values()))  # a row a query
-    return {name: float(table[name].mean()) for name in table}
 
 
 ANSWER_WORD = re.compile(rf"(?:[^\W_]|[{MARKS}])+|\S")
@@ -684,27 +675,30 @@ def has_answer(text, answers):
     return any(words.strip() and words in body for words in map(answer_words, answers))
 
 
+def find_answers(task, query_id, names):
+    """Whether the text (without title) of each passage has an answer of a query."""
+    rows = [task.rows[name] for name in names]
+    texts = task.passages[rows]["text"] if rows else []
+    return [has_answer(text or "", task.answers[query_id]) for text in texts]
+
+
 def answer_hits(task, run, top_k):
-    """AnswerHit@k of each query: whether the text (no title) of a k best passage has an answer."""
+    """AnswerHit@k of each query with answers: whether one of the k best passages has one."""
     results = {}
     for query_id, hits in run.items():
         if query_id in task.answers:
-            rows = [task.rows[name] for name in list(hits)[:100]]
-            texts = task.passages[rows]["text"] if rows else []
-            found = [has_answer(text or "", task.answers[query_id]) for text in texts]
+            found = find_answers(task, query_id, list(hits)[:100])
             ranks = [k for k in (5, 20, 100) if k <= top_k]
             results[query_id] = {f"AnswerHit@{k}": float(any(found[:k])) for k in ranks}
     return results
 
 
-def permutation_test(differences, seed=0, draws=10_000):
+def permutation_test(differences, seed=0):
     """The two-sided p-value of paired differences (Q,): how often random signs give as much."""
     rng = np.random.default_rng(seed)
-    observed, larger = abs(differences.sum()), 0
-    for _ in range(draws // 1000):
-        signs = rng.choice([-1, 1], (1000, len(differences)))
-        larger += int((abs(signs @ differences) >= observed - 1e-9).sum())
-    return (larger + 1) / (draws + 1)
+    draws = [rng.choice([-1, 1], len(differences)) @ differences for _ in range(10_000)]
+    is_larger = np.abs(draws) >= abs(differences.sum()) - 1e-9
+    return (is_larger.sum() + 1) / (len(draws) + 1)
 
 
 def read_run(path):
@@ -820,44 +814,41 @@ class FinetuningSteps(torch.utils.data.Dataset):
             rng = np.random.default_rng([config.seed, epoch])
             self.epoch, self.order = epoch, rng.permutation(len(training.queries))
         chosen = self.order[number * config.batch_size :][: config.batch_size]  # (B,)
-        rows = np.stack([self.draw(int(i), epoch) for i in chosen])  # (B, 1+n)
+        rows = np.stack([self.draw(i, epoch) for i in chosen])  # (B, 1+n)
         identity = training.identity[rows].ravel()  # (B·(1+n),)
-        positives = [training.identity[training.positives[i]] for i in chosen]
-        known = np.stack([np.isin(identity, own) for own in positives])  # (B, B·(1+n))
-        columns = np.arange(len(rows)) * rows.shape[1]  # (B,) each query's own positive
-        known[np.arange(len(rows)), columns] = False
+        known = torch.zeros(len(rows), len(identity), dtype=torch.bool)
+        for place, i in enumerate(chosen):
+            own = training.identity[training.positives[i]]
+            known[place] = torch.from_numpy(np.isin(identity, own))
+            known[place, place * rows.shape[1]] = False  # the positive that the query is for
 
         micro_batches = []
-        for start in range(self.first, self.first + self.share, config.micro_batch_size):
-            end = min(start + config.micro_batch_size, self.first + self.share)
-            queries = [config.query_prefix + training.queries[i] for i in chosen[start:end]]
-            texts = passage_texts(training.passages, rows[start:end].ravel())
+        end = self.first + self.share
+        for start in range(self.first, end, config.micro_batch_size):
+            own = slice(start, min(start + config.micro_batch_size, end))
+            queries = [config.query_prefix + training.queries[i] for i in chosen[own]]
+            texts = passage_texts(training.passages, rows[own].ravel())
             passages = [config.passage_prefix + text for text in texts]
-            batch = {
-                "queries": self.tokenize(queries, config.max_query_length),
-                "passages": self.tokenize(passages, config.max_passage_length),
-            }
-            seeds = np.random.SeedSequence([config.seed, step, start]).generate_state(1)
-            micro_batches.append(batch | {"seed": int(seeds[0])})
-        return micro_batches, torch.from_numpy(known)
+            batch = {"seed": hash((config.seed, step, start)) % 2**32}
+            batch["queries"] = self.tokenize(queries, config.max_query_length)
+            batch["passages"] = self.tokenize(passages, config.max_passage_length)
+            micro_batches.append(batch)
+        return micro_batches, known
 
     def tokenize(self, texts, max_length):
         """input_ids and attention_mask (b, L) of texts."""
         options = {"truncation": True, "padding": True, "return_tensors": "pt"}
-        batch = self.tokenizer(texts, max_length=max_length, **options)
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return dict(self.tokenizer(texts, max_length=max_length, **options))
 
     def draw(self, i, epoch):
         """The rows of a positive and of n negatives of query i (1+n,), others in each epoch."""
         training, count = self.training, self.config.negatives
         rng = np.random.default_rng([self.config.seed, epoch, i])
-        positive = rng.choice(training.positives[i], 1)
+        positive = rng.choice(training.positives[i])
         pool = training.negatives[i]
-        if len(pool) == 0:  # positives of other queries
-            others = rng.integers(len(training.queries), size=count)
-            pool = [training.positives[other][0] for other in others]
-        negatives = rng.choice(pool, count, replace=len(pool) < count) if count else []
-        return np.concatenate([positive, negatives]).astype(int)
+        if len(pool) == 0:
+            pool = rng.integers(len(training.passages), size=count)  # any passages
+        return np.append(positive, rng.choice(pool, count, replace=len(pool) < count))
 
 
 def contrastive_loss(queries, passages, known, temperature):
@@ -1032,13 +1023,11 @@ def write_negatives(config, task, ranked):
     with path.open("w") as file:
         for i, (query_id, hits) in enumerate(ranked):
             grades = task.qrels.get(query_id, {})
-            answers = task.answers.get(query_id, [])
             names = list(hits)[config.depth[0] - 1 :]
             names = [name for name in names if grades.get(name, 0) < 1]
-            if answers and names:
-                texts = task.passages[[task.rows[name] for name in names]]["text"]
-                pairs = zip(names, texts, strict=True)
-                names = [name for name, text in pairs if not has_answer(text or "", answers)]
+            if query_id in task.answers:
+                found = find_answers(task, query_id, names)
+                names = [name for name, has in zip(names, found, strict=True) if not has]
             picks = np.random.default_rng([config.seed, i]).permutation(len(names))
             chosen = [names[pick] for pick in sorted(picks[: config.sample])]
             num_negatives += len(chosen)
@@ -1095,14 +1084,15 @@ def evaluate(config, device):
                 file.write(f"{query_id} 0 {name} {grade}\n")
     results = evaluate_run(run, task.qrels, config.relevance_level, config.top_k)
     answered = answer_hits(task, run, config.top_k)
-    with (output / "per_query.jsonl").open("w") as file:
-        for query_id in results | answered:
-            values = results.get(query_id, {}) | answered.get(query_id, {})
-            file.write(json.dumps({"query_id": query_id} | values) + "\n")
-    means = mean(results) | mean(answered)
+    rows = []
+    for query_id in results | answered:
+        values = results.get(query_id, {}) | answered.get(query_id, {})
+        rows.append({"query_id": query_id} | values)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (output / "per_query.jsonl").write_text("".join(lines))
+    means = pd.DataFrame(rows).mean(numeric_only=True).to_dict()
     bow_mae.write_json(output / "metrics.json", means)
-    rows = {name: {"": value} for name, value in means.items()}
-    bow_mae.print_table(rows, [""], config.model)
+    bow_mae.print_table({name: {"": means[name]} for name in means}, [""], config.model)
     if len(results) < len(task.qrels):
         lost = len(task.qrels) - len(results)
         print_once(f"{lost} queries without a relevant passage are left out; trec_eval counts 0")
@@ -1113,13 +1103,13 @@ def evaluate(config, device):
 
 
 def compare(config, results, others):
-    """Print the mean difference of each metric from --compare's, with its p-value."""
-    table, theirs = {}, mean(others)
-    for name, value in mean(results).items():
-        differences = np.array([results[query][name] - others[query][name] for query in results])
-        row = {"ours": value, "theirs": theirs[name], "difference": value - theirs[name]}
-        table[name] = row | {"p": permutation_test(differences, config.seed)}
-    bow_mae.print_table(table, ["ours", "theirs", "difference", "p"], "permutation test")
+    """Print by how much the mean of each metric is above that of --compare, with its p-value."""
+    differences = pd.DataFrame(results) - pd.DataFrame(others)  # a column a query
+    table = {}
+    for name, row in differences.iterrows():
+        p = permutation_test(row.to_numpy(), config.seed)
+        table[name] = {"difference": row.mean(), "p": p}
+    bow_mae.print_table(table, ["difference", "p"], f"against {config.compare}")
     bow_mae.write_json(Path(config.output, "compare.json"), table)
 
 
@@ -1180,10 +1170,9 @@ def explain(config, device):
     terms = bow_mae.bag_of_words(input_ids, special)[0]  # (V,)
     coverage = bow_mae.term_coverage(logits, input_ids, special).item()
     print(f"{coverage:.1%} of the {int(terms.sum())} terms are among as many best terms:")
-    weights, best = logits[0].softmax(0).topk(20)
-    names = encoder.tokenizer.convert_ids_to_tokens(best)
-    for name, weight, term in zip(names, weights.tolist(), best.tolist(), strict=True):
-        print(f"{name!s:<20}{weight:>8.4f}  {'in the text' if terms[term] else ''}")
+    for term in logits[0].topk(20).indices:
+        name = encoder.tokenizer.convert_ids_to_tokens(term.item())
+        print(f"{name!s:<20}{'in the text' if terms[term] else ''}")
 
 
 ENCODER_FLAGS = "model pooling similarity query_prefix passage_prefix max_query_length "
@@ -1222,9 +1211,7 @@ def parse_command(argv):
     table = SHORT_DEFAULTS if is_short else PAPER_DEFAULTS
     filled = {flag: table[flag] for flag in table if flag in given and given[flag] is None}
     config = replace(config, **filled)
-    bow_mae.check_numbers(
-        config, dict.fromkeys(("seed", "negatives", "warmup_steps", "workers"), 0)
-    )
+    bow_mae.check_numbers(config, {"seed": 0, "negatives": 0, "warmup_steps": 0, "workers": 0})
     if len(config.depth) != 2 or not 1 <= config.depth[0] <= config.depth[1]:
         raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
     if "text" in given and not config.text:
