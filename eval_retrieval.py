@@ -30,7 +30,6 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from copy import copy
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -53,52 +52,57 @@ import bow_mae
 from bow_mae import UserError, print_once
 
 
+def flag(default, text):
+    """A field of the configuration, with its help."""
+    return HfArg(default=default, help=text)
+
+
 @dataclass
 class RetrievalConfig:
     """Every flag of every command; which command has which stands below."""
 
     # Data and encoder.
-    data: str = HfArg(default="python-docs", help="python-docs, folder, or BEIR name on the hub")
-    model: str = HfArg(default="out/bow_mae", help="encoder (folder, hub name), or bm25")
-    output: str = HfArg(default="out/retrieval", help="folder of all that is written")
-    pooling: Literal["auto", "cls", "mean"] = HfArg(default="auto", help="auto: as its files say")
-    similarity: Literal["auto", "dot", "cos"] = HfArg(default="auto", help="auto: as they say")
-    query_prefix: str = HfArg(default="", help="text before each query, such as 'query: '")
-    passage_prefix: str = HfArg(default="", help="text before each passage")
-    max_query_length: int = HfArg(default=32, help="tokens of a query")
-    max_passage_length: int | None = HfArg(default=None, help="tokens of a passage")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="of autocast")
-    seed: int = HfArg(default=0, help="of everything that is drawn")
-    text: str = HfArg(default="", help="question or text, also as the first word of a command")
+    data: str = flag("python-docs", "python-docs, folder, or BEIR name on the hub")
+    model: str = flag("out/bow_mae", "encoder (folder, hub name), or bm25")
+    output: str = flag("out/retrieval", "folder of all that is written")
+    pooling: Literal["auto", "cls", "mean"] = flag("auto", "auto: as its files say")
+    similarity: Literal["auto", "dot", "cos"] = flag("auto", "auto: as they say")
+    query_prefix: str = flag("", "text before each query, such as 'query: '")
+    passage_prefix: str = flag("", "text before each passage")
+    max_query_length: int = flag(32, "tokens of a query")
+    max_passage_length: int | None = flag(None, "tokens of a passage")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "of autocast")
+    seed: int = flag(0, "of everything that is drawn")
+    text: str = flag("", "question or text, also as the first word of a command")
     # Search and evaluation.
-    index: str = HfArg(default="Flat", help="of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
-    split: str = HfArg(default="test", help="split that is evaluated")
-    top_k: int = HfArg(default=1000, help="passages of a query; no metric is cut deeper")
-    relevance_level: int = HfArg(default=1, help="lowest relevant grade; nDCG uses all grades")
-    keep_identical_ids: bool = HfArg(default=False, help="keep a passage with its query's id")
-    compare: str = HfArg(default="", help="TREC run file, for a paired permutation test")
+    index: str = flag("Flat", "of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
+    split: str = flag("test", "split that is evaluated")
+    top_k: int = flag(1000, "passages of a query; no metric is cut deeper")
+    relevance_level: int = flag(1, "lowest relevant grade; nDCG uses all grades")
+    keep_identical_ids: bool = flag(False, "keep a passage with its query's id")
+    compare: str = flag("", "TREC run file, for a paired permutation test")
     # Mining.
-    train_split: str = HfArg(default="train", help="split that is trained on, or mined for")
+    train_split: str = flag("train", "split that is trained on, or mined for")
     depth: list[int] = HfArg(default_factory=lambda: [2, 200], help="first and last rank to mine")
-    sample: int = HfArg(default=128, help="negatives that are drawn from these ranks")
+    sample: int = flag(128, "negatives that are drawn from these ranks")
     # Fine-tuning.
     train_data: list[str] = HfArg(default_factory=list, help="files of Tevatron or DPR, joined")
     negatives_file: list[str] = HfArg(default_factory=list, help="files of `mine`, joined")
-    negatives: int | None = HfArg(default=None, help="hard negatives of a query in a step")
-    temperature: float = HfArg(default=1.0, help="of the softmax over passages")
-    epochs: int | None = HfArg(default=None, help="passes over the training queries")
-    steps: int | None = HfArg(default=None, help="optimizer steps; unset: those of --epochs")
-    batch_size: int = HfArg(default=64, help="queries of a step, over all processes")
-    micro_batch_size: int | None = HfArg(default=None, help="queries that are encoded at a time")
-    lr: float | None = HfArg(default=None, help="peak learning rate of AdamW")
-    lr_final_ratio: float = HfArg(default=0.1, help="final learning rate over its peak")
-    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; unset: steps // 20")
-    weight_decay: float | None = HfArg(default=None, help="of AdamW")
-    adam_beta2: float = HfArg(default=0.999, help="β₂ of AdamW")
-    workers: int = HfArg(default=0, help="data-loader processes of each process")
-    save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=1, help="newest checkpoints that are kept")
-    log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
+    negatives: int | None = flag(None, "hard negatives of a query in a step")
+    temperature: float = flag(1.0, "of the softmax over passages")
+    epochs: int | None = flag(None, "passes over the training queries")
+    steps: int | None = flag(None, "optimizer steps; unset: those of --epochs")
+    batch_size: int = flag(64, "queries of a step, over all processes")
+    micro_batch_size: int | None = flag(None, "queries that are encoded at a time")
+    lr: float | None = flag(None, "peak learning rate of AdamW")
+    lr_final_ratio: float = flag(0.1, "final learning rate over its peak")
+    warmup_steps: int | None = flag(None, "linear warm-up; unset: steps // 20")
+    weight_decay: float | None = flag(None, "of AdamW")
+    adam_beta2: float = flag(0.999, "β₂ of AdamW")
+    workers: int = flag(0, "data-loader processes of each process")
+    save_every: int = flag(500, "steps between checkpoints")
+    keep: int = flag(1, "newest checkpoints that are kept")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl")
 
 
 # Of flags that are not given: those of a run of minutes for python-docs, else the paper's values.
@@ -287,24 +291,21 @@ def read_hub(name, split):
 
 def read_python_docs(split):
     """The same, of python-docs: a summary asks for its text; a hash of the name gives the split."""
-    splits = {"train": range(2, 10), "dev": [1], "test": [0], "": []}
-    if split not in splits:
-        raise UserError(f"--data python-docs has no split {split}, but train, dev and test")
+    numbers = {"train": range(2, 10), "dev": [1], "test": [0]}.get(split, [])
     print_once("building the corpus, or reading it from the cache")
     docs = bow_mae.python_docs()
     queries, qrels = {}, {}
     for row in docs.select_columns(["_id", "query"]):
-        if zlib.crc32(row["_id"].encode()) % 10 in splits[split]:
+        if zlib.crc32(row["_id"].encode()) % 10 in numbers:
             queries[f"query:{row['_id']}"] = row["query"]
             qrels[f"query:{row['_id']}"] = {row["_id"]: 1}
     return docs, queries, {}, qrels
 
 
 def load_task(config, split):
-    """The passages of --data and the queries that a split judges, or that carry answers.
+    """The passages of --data, and the queries that a split (if any) judges or that carry answers.
 
-    A judged passage that is missing stays judged, as in trec_eval; a judged query without a text
-    is left out. Of both there is a warning. No queries are read for split "".
+    A missing passage stays judged, as in trec_eval; a judged query without a text is left out.
     """
     folder = Path(config.data).expanduser()
     if config.data == "python-docs":
@@ -332,8 +333,7 @@ def load_task(config, split):
     queries = {query_id: queries[query_id] for query_id in asked}
     qrels = {query_id: qrels[query_id] for query_id in asked if query_id in qrels}
     is_beir = find_file(folder, "collection.tsv") is None  # MS MARCO only numbers its queries
-    drop_identical = is_beir and not config.keep_identical_ids
-    return Task(passages, rows, queries, qrels, answers, drop_identical)
+    return Task(passages, rows, queries, qrels, answers, is_beir and not config.keep_identical_ids)
 
 
 def passage_texts(passages, rows):
@@ -364,8 +364,7 @@ def saved_pooling(source):
     config = model_file(source, "1_Pooling/config.json")
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     modes = [name for name in config if "pooling_mode_" in name and config[name]]
-    pooling = "+".join(names.get(mode, mode) for mode in modes)
-    pooling = pooling or config.get("pooling_mode", "cls")
+    pooling = "+".join(names.get(mode, mode) for mode in modes) or config.get("pooling_mode", "cls")
     return pooling, "cos" if "Normalize" in modules else "dot"
 
 
@@ -382,13 +381,14 @@ class Encoder(nn.Module):
             lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
             lm.base_model(torch.full((1, longest), len(self.tokenizer) - 1))
         except (OSError, ValueError, IndexError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = bow_mae.short_reason(error)
             raise UserError(f"--model {source} cannot encode {longest} tokens: {reason}") from error
         missing = report["missing_keys"]
         if any(name.startswith(f"{lm.base_model_prefix}.") for name in missing):
             raise UserError(f"--model {source} lacks weights of its encoder")
         # Without a head the encoder stays, which a masked LM makes without a pooler.
         self.lm = lm.base_model if missing else lm
+        self.width = lm.config.hidden_size
         self.to(device).eval()
         self.device, self.dtype = device, bow_mae.compute_dtype(config.precision, device)
         pooling, similarity = saved_pooling(source)
@@ -399,8 +399,7 @@ class Encoder(nn.Module):
         settings = f"{self.dtype} {self.pooling} {self.similarity}"
         state = [self.tokenizer.backend_tokenizer.to_str(), self.lm.base_model.state_dict()]
         self.fingerprint = Hasher.hash([settings, *state])  # of all that vectors depend on
-        kind = "encoder without a head" if missing else "masked LM"
-        print_once(f"{source}: {kind}, {settings}, up to {longest} tokens, {device}")
+        print_once(f"{source}: {settings}, up to {longest} tokens, {device}")
 
     def forward(self, batch):
         """Vectors (B, D), float32 and of norm 1 for `cos`, of input_ids, attention_mask (B, L)."""
@@ -420,7 +419,7 @@ class Encoder(nn.Module):
         """The vectors (N, D) of texts, float32, computed in batches of like length."""
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-        vectors = np.empty((len(texts), self.lm.config.hidden_size), np.float32)
+        vectors = np.empty((len(texts), self.width), np.float32)
         for start in range(0, len(texts), 64):
             chosen = order[start : start + 64]
             padded = {"input_ids": [tokens[i] for i in chosen]}
@@ -433,8 +432,8 @@ class Encoder(nn.Module):
 def encode_collection(encoder, texts, folder, prefix, length):
     """Write the vectors of texts, CHUNK_SIZE a file, which processes share out; returns all files.
 
-    They lie in a folder that is named by all that they depend on: what an interrupted run has
-    finished serves again, and the rest is removed.
+    Their folder is named by all that they depend on: what an interrupted run has finished serves
+    again, and other folders are removed.
     """
     key = [encoder.fingerprint, texts._fingerprint, CHUNK_SIZE, length, prefix]
     target, rank = Path(folder, Hasher.hash(key)), dist.get_rank()
@@ -448,8 +447,7 @@ def encode_collection(encoder, texts, folder, prefix, length):
     own = files[rank :: dist.get_world_size()]
     for file in tqdm(own, f"encode {target.parent.name}", unit="file", disable=rank > 0):
         if not file.exists():
-            start = int(file.stem)
-            rows = range(start, min(start + CHUNK_SIZE, len(texts)))
+            rows = range(int(file.stem), len(texts))[:CHUNK_SIZE]
             chunk = [prefix + text for text in passage_texts(texts, rows)]
             unfinished = file.with_suffix(".tmp.npy")
             np.save(unfinished, encoder.encode(chunk, length))
@@ -464,15 +462,12 @@ def encode_collection(encoder, texts, folder, prefix, length):
 def check_index(config, encoder, num_passages):
     """UserError if faiss cannot build --index of so many passages, or would search by distance."""
     try:
-        width = encoder.lm.config.hidden_size
-        index = faiss.index_factory(width, config.index, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(encoder.width, config.index, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).split("Error: ")[-1]
-        raise UserError(f"--index {config.index} of vectors of {width}: {reason}") from error
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise UserError(f"--index {config.index} would search by distance, not by inner product")
-    if isinstance(faiss.downcast_index(index), faiss.IndexIDMap):
-        raise UserError(f"--index {config.index}: leave IDMap out, it is there anyway")
+        raise UserError(f"--index {config.index} of width {encoder.width}: {reason}") from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT or "IDMap" in config.index:
+        raise UserError(f"--index {config.index} searches by distance, or has a needless IDMap")
     inverted = faiss.try_extract_index_ivf(index)
     needed = inverted.nlist if inverted else 1
     if re.search("PQ|RQ", config.index):
@@ -486,13 +481,11 @@ def check_index(config, encoder, num_passages):
 
 def build_index(config, encoder, passages):
     """The faiss index, by row, of this process's share of the passages, which it encodes."""
-    faiss.omp_set_num_threads(torch.get_num_threads())
     folder, length = Path(config.output, "vectors", "passages"), config.max_passage_length
     files = encode_collection(encoder, passages, folder, config.passage_prefix, length)
     own = files[dist.get_rank() :: dist.get_world_size()]
     kind = f"IDMap,{config.index}" if own else "IDMap,Flat"  # nothing to train on
-    width = encoder.lm.config.hidden_size
-    index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(encoder.width, kind, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         print_once(f"training the index {config.index}")
         every = math.ceil(len(own) * CHUNK_SIZE / 300_000)  # so many vectors are enough
@@ -507,10 +500,7 @@ def build_index(config, encoder, passages):
 
 
 def search_index(index, vectors, k):
-    """Scores and rows (Q, k) of the best passages of all processes, on the first; else None.
-
-    The row is -1 where there are no more.
-    """
+    """Scores and rows (Q, k) of the best passages of all processes' indexes, on the first."""
     batches = np.split(vectors, range(256, len(vectors), 256))
     hidden = dist.get_rank() > 0 or len(batches) == 1
     found = [index.search(batch, k) for batch in tqdm(batches, "search", disable=hidden)]
@@ -523,18 +513,6 @@ def search_index(index, vectors, k):
     all_scores = np.stack([scores for scores, _ in everyone])  # (processes, Q, k)
     all_rows = np.stack([rows for _, rows in everyone])
     return faiss.merge_knn_results(all_scores, all_rows, keep_max=True)
-
-
-def retrieve(config, task, encoder, k):
-    """What `search_index` returns for the queries of a task; without an encoder BM25 searches."""
-    queries = list(task.queries.values())
-    if encoder is None:
-        return bm25(task.passages, queries, k) if dist.get_rank() == 0 else None
-    index = build_index(config, encoder, task.passages)
-    texts = datasets.Dataset.from_dict({"text": queries})
-    folder, length = Path(config.output, "vectors", "queries"), config.max_query_length
-    files = encode_collection(encoder, texts, folder, config.query_prefix, length)
-    return search_index(index, np.concatenate([np.load(file) for file in files]), k)
 
 
 # Those that Lucene's EnglishAnalyzer leaves out.
@@ -554,7 +532,8 @@ WORD = re.compile(rf"(?:[\w{MARKS}]|(?<=[^\W\d])[.'’](?=[^\W\d])|(?<=\d)[.,](?
 def bm25_terms(text):
     """Words without stop words; pairs of characters, as Lucene's, where a script has no spaces."""
     text = unicodedata.normalize("NFKC", text).lower()
-    terms = [word for word in WORD.findall(SPACELESS_RUN.sub(" ", text)) if word not in STOP_WORDS]
+    words = WORD.findall(SPACELESS_RUN.sub(" ", text))
+    terms = [word for word in words if word not in STOP_WORDS]
     for run in SPACELESS_RUN.findall(text):
         characters = CHARACTER.findall(run)
         last = max(1, len(characters) - 1)
@@ -563,7 +542,7 @@ def bm25_terms(text):
 
 
 def bm25(passages, queries, k):
-    """Scores and rows (Q, k) of the best passages by BM25, row -1 where no more match.
+    """Scores and rows of the best passages of each query, at most k, by BM25.
 
     Robertson's BM25 as in Lucene, k1 = 0.9 and b = 0.4, without a stemmer. Its inverted index is
     in memory, some 20 bytes a posting: meant for up to a few million passages.
@@ -578,9 +557,8 @@ def bm25(passages, queries, k):
             counts[term].append(count)
     norm = 0.9 * (1 - 0.4 + 0.4 * np.array(lengths) / max(np.mean(lengths), 1e-9))  # (passages,)
 
-    best_scores = np.zeros((len(queries), k), np.float32)
-    best_rows = np.full((len(queries), k), -1)
-    for i, query in enumerate(tqdm(queries, "BM25 search", unit="query")):
+    best_scores, best_rows = [], []
+    for query in tqdm(queries, "BM25 search", unit="query"):
         scores = np.zeros(len(lengths), np.float32)  # (passages,)
         for term, repeats in Counter(bm25_terms(query)).items():
             if term in rows:
@@ -589,8 +567,8 @@ def bm25(passages, queries, k):
                 scores[postings] += repeats * idf * count / (count + norm[postings])
         matched = np.flatnonzero(scores)
         best = matched[np.argsort(-scores[matched], kind="stable")[:k]]
-        best_scores[i, : len(best)] = scores[best]
-        best_rows[i, : len(best)] = best
+        best_scores.append(scores[best])
+        best_rows.append(best)
     return best_scores, best_rows
 
 
@@ -600,17 +578,29 @@ def ranking(hits):
     return sorted(keys, key=keys.get, reverse=True)
 
 
-def ranked_hits(task, scores, rows, k):
-    """Yield each query id with its k best passages {passage id: score}, of scores, rows (Q, more).
+def retrieve(config, task, encoder, k):
+    """The k best passages of each query, see `ranked_hits`, on the first process; else nothing."""
+    queries = list(task.queries.values())
+    depth = k + 17  # more, for ties and for a passage that is dropped
+    if encoder is None:
+        found = bm25(task.passages, queries, depth) if dist.get_rank() == 0 else None
+    else:
+        index = build_index(config, encoder, task.passages)
+        texts = datasets.Dataset.from_dict({"text": queries})
+        folder, length = Path(config.output, "vectors", "queries"), config.max_query_length
+        files = encode_collection(encoder, texts, folder, config.query_prefix, length)
+        found = search_index(index, np.concatenate([np.load(file) for file in files]), depth)
+    return ranked_hits(task, *found, k) if found else None
 
-    A passage with the id of its query is dropped, as in BEIR, unless it is judged relevant.
-    """
+
+def ranked_hits(task, scores, rows, k):
+    """Yield each query id with its k best passages {passage id: score}, of more scores and rows."""
     ids, num_dropped = list(task.rows), 0
     for query_id, query_scores, query_rows in zip(task.queries, scores, rows, strict=True):
         found = zip(query_scores.tolist(), query_rows.tolist(), strict=True)
         hits = {ids[row]: score for score, row in found if row >= 0}
         is_relevant = task.qrels.get(query_id, {}).get(query_id, 0) > 0
-        if task.drop_identical and query_id in hits and not is_relevant:
+        if task.drop_identical and query_id in hits and not is_relevant:  # as in ArguAna
             del hits[query_id]
             num_dropped += 1
         yield query_id, {name: hits[name] for name in ranking(hits)[:k]}
@@ -631,8 +621,7 @@ def evaluate_run(run, qrels, relevance_level=1, top_k=1000):
 
     run {query id: {passage id: score}}, qrels {query id: {passage id: grade}}. A query without a
     passage of a positive grade is left out (trec_eval counts it as 0); one that the run lacks
-    scores 0. Relevant is a grade from relevance_level on; nDCG has the grades as gains; MAP is cut
-    at 1000 (m_map_cut.c). A metric that is cut deeper than top_k is left out.
+    scores 0. Relevant is a grade from relevance_level on. No metric is cut deeper than top_k.
     """
     results = {}
     for query_id, judged in qrels.items():
@@ -732,8 +721,7 @@ def read_examples(path, size, modified):
     for where, record in read_file(Path(path)):
         query = record.get("query", record.get("question"))
         positives = record.get("positive_passages", record.get("positive_ctxs"))
-        negatives = record.get("negative_passages") or record.get("hard_negative_ctxs")
-        negatives = negatives or record.get("negative_ctxs") or []
+        negatives = record.get("negative_passages") or record.get("hard_negative_ctxs") or []
         if not query or not isinstance(positives, list) or not isinstance(negatives, list):
             raise UserError(f"{where}: give a query, and positive_passages as a list")
         query = clean_record({"query": query}, where)["text"]
@@ -829,16 +817,14 @@ class FinetuningSteps(torch.utils.data.Dataset):
             queries = [config.query_prefix + training.queries[i] for i in chosen[own]]
             texts = passage_texts(training.passages, rows[own].ravel())
             passages = [config.passage_prefix + text for text in texts]
-            batch = {"seed": hash((config.seed, step, start)) % 2**32}
-            batch["queries"] = self.tokenize(queries, config.max_query_length)
-            batch["passages"] = self.tokenize(passages, config.max_passage_length)
+            batch = {"seed": hash((config.seed, step, start)) % 2**32}  # of dropout
+            options = {"truncation": True, "padding": True, "return_tensors": "pt"}
+            options["max_length"] = config.max_query_length
+            batch["queries"] = dict(self.tokenizer(queries, **options))
+            options["max_length"] = config.max_passage_length
+            batch["passages"] = dict(self.tokenizer(passages, **options))
             micro_batches.append(batch)
         return micro_batches, known
-
-    def tokenize(self, texts, max_length):
-        """input_ids and attention_mask (b, L) of texts."""
-        options = {"truncation": True, "padding": True, "return_tensors": "pt"}
-        return dict(self.tokenizer(texts, max_length=max_length, **options))
 
     def draw(self, i, epoch):
         """The rows of a positive and of n negatives of query i (1+n,), others in each epoch."""
@@ -913,13 +899,10 @@ def finetune(config, device):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     step = last_step = state.get("step", 0)
-    loader = torch.utils.data.DataLoader(
-        FinetuningSteps(config, encoder.tokenizer, training),
-        batch_size=None,
-        sampler=range(last_step + 1, config.steps + 1),
-        num_workers=config.workers,
-        worker_init_fn=bow_mae.init_worker,
-    )
+    batches = FinetuningSteps(config, encoder.tokenizer, training)
+    options = {"sampler": range(step + 1, config.steps + 1), "num_workers": config.workers}
+    options["worker_init_fn"] = bow_mae.init_worker
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, **options)
 
     # Tell what begins, or goes on.
     steps_per_epoch = len(training.queries) // config.batch_size
@@ -974,8 +957,8 @@ def finetune(config, device):
             # Log the loss of this step, and the rates since the last line.
             saves = step == config.steps or step % config.save_every == 0
             if saves or step % config.log_every == 0:
-                received = {"stops": stop_signal.received > 0}
-                sums = bow_mae.sum_over_processes(counts | received)
+                counts["stops"] = stop_signal.received > 0
+                sums = bow_mae.sum_over_processes(counts)
                 record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item()}
                 record |= {"lr": lr, "grad_norm": grad_norm.item()}
                 record |= bow_mae.measure_rates(sums, start, device)
@@ -991,9 +974,9 @@ def finetune(config, device):
             if (saves or stops) and rank == 0:
                 state = {"step": step, "optimizer": optimizer.state_dict()}
                 state["scaler"] = scaler.state_dict()
+                model = (encoder.lm, encoder.tokenizer, config.max_passage_length)
                 pooling = (encoder.pooling, encoder.similarity)
-                model = (encoder.lm, encoder.tokenizer, config.max_passage_length, *pooling)
-                bow_mae.save_checkpoint(config, state, *model)
+                bow_mae.save_checkpoint(config, state, *model, *pooling)
             if stops:
                 break
             wait_start = time.perf_counter()
@@ -1005,20 +988,16 @@ def finetune(config, device):
 
 
 def mine(config, device):
-    """Write output/negatives.jsonl: --sample passages of the ranks --depth of each query.
-
-    Left out are the query's own positives, and where it has answers, what holds one of them.
-    """
+    """Write output/negatives.jsonl: highly ranked passages that are not relevant to a query."""
     task, encoder, lock = prepare(config, config.train_split, device)
-    found = retrieve(config, task, encoder, config.depth[1] + 1)
-    if found is not None:
-        hits = ranked_hits(task, *found, config.depth[1])
-        write_negatives(config, task, tqdm(hits, "negatives", len(task.queries), unit="query"))
+    ranked = retrieve(config, task, encoder, config.depth[1])
+    if ranked:
+        write_negatives(config, task, tqdm(ranked, "negatives", len(task.queries), unit="query"))
     dist.barrier()
 
 
 def write_negatives(config, task, ranked):
-    """Choose and write the negatives of (query id, {passage id: score}), best passages first."""
+    """Write --sample passages of the ranks --depth, but for positives and those with an answer."""
     path, num_negatives = Path(config.output, "negatives.jsonl"), 0
     with path.open("w") as file:
         for i, (query_id, hits) in enumerate(ranked):
@@ -1039,10 +1018,7 @@ def write_negatives(config, task, ranked):
 
 
 def prepare(config, split, device):
-    """The task, the encoder (None for bm25), and the lock on --output, held while in use.
-
-    All that can be refused is refused here.
-    """
+    """Task, encoder (None: bm25) and lock on --output; all that can be refused is refused here."""
     rank = dist.get_rank()
     lock = bow_mae.prepare_output(config) if rank == 0 else None
     encoder = None if config.model == "bm25" else Encoder(config, device)
@@ -1068,16 +1044,14 @@ def evaluate(config, device):
     """Retrieve for the queries of --split; write run and metrics, return mean metrics."""
     other = read_run(config.compare) if config.compare else {}
     task, encoder, lock = prepare(config, config.split, device)
-    found = retrieve(config, task, encoder, config.top_k + 17)  # more, for ties
-    if found is None:
+    ranked = retrieve(config, task, encoder, config.top_k)
+    if not ranked:
         return None
-    run = dict(ranked_hits(task, *found, config.top_k))
-    output = Path(config.output)
-    tag = "_".join(Path(config.model).resolve().name.split())
+    run, output = dict(ranked), Path(config.output)
     with (output / "run.trec").open("w") as file:
         for query_id, hits in run.items():
             for rank, (name, score) in enumerate(hits.items(), 1):
-                file.write(f"{query_id} Q0 {name} {rank} {score!r} {tag}\n")
+                file.write(f"{query_id} Q0 {name} {rank} {score!r} bow_mae\n")
     with (output / "qrels.trec").open("w") as file:
         for query_id, grades in task.qrels.items():
             for name, grade in grades.items():
@@ -1097,8 +1071,7 @@ def evaluate(config, device):
         lost = len(task.qrels) - len(results)
         print_once(f"{lost} queries without a relevant passage are left out; trec_eval counts 0")
     if other:
-        others = evaluate_run(other, task.qrels, config.relevance_level, config.top_k)
-        compare(config, results, others)
+        compare(config, results, evaluate_run(other, task.qrels, config.relevance_level))
     return means
 
 
@@ -1106,7 +1079,7 @@ def compare(config, results, others):
     """Print by how much the mean of each metric is above that of --compare, with its p-value."""
     differences = pd.DataFrame(results) - pd.DataFrame(others)  # a column a query
     table = {}
-    for name, row in differences.iterrows():
+    for name, row in differences.dropna().iterrows():
         p = permutation_test(row.to_numpy(), config.seed)
         table[name] = {"difference": row.mean(), "p": p}
     bow_mae.print_table(table, ["difference", "p"], f"against {config.compare}")
@@ -1114,10 +1087,7 @@ def compare(config, results, others):
 
 
 def recipe(config, device):
-    """The paper's two stages, each from the pre-trained model, and a table of them.
-
-    Stage 1 has the negatives of BM25, stage 2 those of the model of stage 1.
-    """
+    """The paper's two stages, with negatives of BM25, then of the first stage's model."""
     _, _, lock = prepare(config, config.split, device)
     plan_steps(config, len(load_task(config, config.train_split).queries))
     output, table = Path(config.output), {}
@@ -1202,20 +1172,20 @@ def parse_command(argv):
     command, names = COMMANDS[name]
     if "text" in names.split() and flags and not flags[0].startswith("-"):
         flags = ["--text", *flags]
-    own = [flag for flag in fields(RetrievalConfig) if flag.name in names.split()]
-    chosen = [(flag.name, flag.type, copy(flag)) for flag in own]
+    own = [field for field in fields(RetrievalConfig) if field.name in names.split()]
+    chosen = [(field.name, field.type, field) for field in own]
     kind = make_dataclass("Flags", chosen, namespace={"__doc__": command.__doc__})
     given = vars(bow_mae.parse_config(flags, kind))
     config = RetrievalConfig(**given)
     is_short = config.data == "python-docs" and not config.train_data
     table = SHORT_DEFAULTS if is_short else PAPER_DEFAULTS
-    filled = {flag: table[flag] for flag in table if flag in given and given[flag] is None}
+    filled = {name: table[name] for name in table if name in given and given[name] is None}
     config = replace(config, **filled)
     bow_mae.check_numbers(config, {"seed": 0, "negatives": 0, "warmup_steps": 0, "workers": 0})
     if len(config.depth) != 2 or not 1 <= config.depth[0] <= config.depth[1]:
         raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
     if "text" in given and not config.text:
-        raise UserError(f"{name} needs a text, in quotation marks")
+        raise UserError(f"{argv[0]} needs a text, in quotation marks")
     return command, config, filled
 
 
