@@ -725,60 +725,64 @@ def read_examples(path, size, modified):
         if not query or not isinstance(positives, list) or not isinstance(negatives, list):
             raise UserError(f"{where}: give a query, and positive_passages as a list")
         query = clean_record({"query": query}, where)["text"]
+        query_id = str(record.get("query_id", ""))
         for i, passage in enumerate(positives + negatives):
             row = clean_record(passage, where)
             row["_id"] = row["_id"] or row["text"]
-            yield row | {"query": query, "relevant": i < len(positives)}
+            yield row | {"query_id": query_id, "query": query, "relevant": i < len(positives)}
 
 
 def read_negatives(path, task):
-    """Yield (query, rows) of a file of `mine`, or of lines of a query id and passage ids."""
+    """Yield (query id, rows) of a file of `mine`, or of lines of a query id and passage ids."""
     for where, record in read_file(Path(path)):
         query_id = str(record.get("query_id", record.get("_id")))
         names = record.get("negatives") or record.get("fields", [])[1:]
         unknown = [name for name in names if str(name) not in task.rows]
         if query_id not in task.queries or unknown:
             raise UserError(f"{where}: query {query_id} or passages {unknown} are not in --data")
-        yield task.queries[query_id], [task.rows[str(name)] for name in names]
+        yield query_id, [task.rows[str(name)] for name in names]
 
 
 def load_training_set(config):
     """The judged queries of --data, with --negatives_file, and --train_data, joined by text."""
-    tables, ids = [], []
-    positives = defaultdict(lambda: array("i"))  # rows by query
+    tables, ids, queries = [], [], {}
+    positives = defaultdict(lambda: array("i"))  # rows by query id
     negatives = defaultdict(lambda: array("i"))
     if config.data != "python-docs" or config.negatives_file or not config.train_data:
         task = load_task(config, config.train_split)
         tables.append(task.passages)
         ids.extend(task.rows)
-        for query_id, query in task.queries.items():
-            grades = task.qrels.get(query_id, {})
+        queries |= task.queries
+        for query_id, grades in task.qrels.items():
             known = [name for name, grade in grades.items() if grade > 0 and name in task.rows]
-            positives[query].extend(task.rows[name] for name in known)
+            positives[query_id].extend(task.rows[name] for name in known)
         for path in config.negatives_file:
-            for query, rows in read_negatives(path, task):
-                negatives[query].extend(rows)
+            for query_id, rows in read_negatives(path, task):
+                negatives[query_id].extend(rows)
+    ids_by_text = {query: query_id for query_id, query in queries.items()}
     for path in config.train_data:
         table = cached_dataset(read_examples, Path(path))
-        frame = table.select_columns(["_id", "query", "relevant"]).to_pandas()
-        for (query, relevant), rows in frame.groupby(["query", "relevant"]).indices.items():
+        columns = ["query_id", "query", "relevant"]
+        frame = table.select_columns([*columns, "_id"]).to_pandas()
+        for (query_id, query, relevant), rows in frame.groupby(columns).indices.items():
+            query_id = ids_by_text.get(query, f"{query_id} {query}")  # DPR's have no id
+            queries[query_id] = query
             side = positives if relevant else negatives
-            side[query].extend((rows + len(ids)).tolist())
+            side[query_id].extend((rows + len(ids)).tolist())
         tables.append(table.select_columns(["_id", "title", "text"]))
         ids.extend(frame["_id"])
 
     identity = pd.factorize(np.array(ids, dtype=object))[0]
     training = TrainingSet(datasets.concatenate_datasets(tables), identity, [], [], [])
-    for query, known in positives.items():
-        rows = np.array(negatives[query], np.int32)
+    for query_id, query in queries.items():
+        known, rows = positives[query_id], np.array(negatives[query_id], np.int32)
         if known:
             training.queries.append(query)
             training.positives.append(np.array(known, np.int32))
             training.negatives.append(rows[~np.isin(identity[rows], identity[known])])
     num_queries = len(training.queries)
-    num_others = len(positives.keys() | negatives.keys()) - num_queries
-    if num_others:
-        print_once(f"warning: {num_others} queries have no positive: left out")
+    if num_queries < len(queries):
+        print_once(f"warning: {len(queries) - num_queries} queries have no positive: left out")
     lacking = sum(len(rows) == 0 for rows in training.negatives)
     if lacking and config.negatives:
         print_once(f"warning: {lacking} of {num_queries} queries have no hard negatives")
