@@ -993,6 +993,14 @@ def parse_config(argv, kind):
     return config
 
 
+def check_numbers(config, least):
+    """UserError for a number below its least, which is 0 for a float and 1 for an integer."""
+    for name, value in vars(config).items():
+        lowest = least.get(name, 0 if isinstance(value, float) else 1)
+        if type(value) in (int, float) and not lowest <= value < math.inf:
+            raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
+
+
 def complete_config(config):
     """Fill in the flags that were not given, and return them; UserError for impossible values."""
     table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PRETRAINED_DEFAULTS
@@ -1001,11 +1009,7 @@ def complete_config(config):
     vars(config).update(filled)
     for name in ("data", "model", "output"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
-    least = {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0}
-    for name, value in vars(config).items():
-        lowest = least.get(name, 0 if isinstance(value, float) else 1)
-        if type(value) in (int, float) and not lowest <= value < math.inf:
-            raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
+    check_numbers(config, {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0})
     for name in ("mask_ratio", "adam_beta2"):
         if not 0 < getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
@@ -1172,6 +1176,17 @@ def evaluate(model, batches, device, autocast):
     return metrics
 
 
+def measure_rates(sums, start, device):
+    """What a log line tells of the speed, from the counts that all processes have summed up."""
+    seconds = time.perf_counter() - start
+    return {
+        "tokens_per_second": sums["tokens"] / seconds,
+        "padding_share": 1 - sums["tokens"] / sums["padded_tokens"],
+        "data_wait_share": sums["wait_seconds"] / dist.get_world_size() / seconds,
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+
+
 def check_finite(config, record):
     """UserError where a loss, or the norm of a gradient, is not finite."""
     for name, value in record.items():
@@ -1216,13 +1231,26 @@ def show_progress(bar, record):
 
 
 def print_results(config):
-    """Print the held-out metrics before and after training, and where the model is."""
+    """Print the held-out metrics before and after training."""
     lines = Path(config.output, "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
     if records:
         columns = ["eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"]
         print_table({"before": records[0], "after": records[-1]}, columns, "held-out")
-    print(f"model saved in {config.output}", flush=True)
+
+
+def end_run(config, step, stops, stop_signal, lock):
+    """Put the model into --output; or say that a signal has stopped the run, and exit so."""
+    if stops:
+        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
+    elif dist.get_rank() == 0:
+        finish_output(config)
+        print(f"model saved in {config.output}", flush=True)
+    dist.barrier()  # torchrun ends the others at the first exit
+    if lock:
+        lock.close()
+    if stops:
+        sys.exit(128 + (stop_signal.received or signal.SIGTERM))
 
 
 def train(config, filled, device):
@@ -1251,7 +1279,7 @@ def train(config, filled, device):
     held_out = held_out_batches(config, tokenizer, texts, held_out_share)
     del texts
 
-    last_step = state.get("step", 0)
+    step = last_step = state.get("step", 0)
     print_start(config, filled, model, dtype, device, last_step)
     if rank == 0:
         start_logs(config, device, state.get("log_size", 0))
@@ -1308,14 +1336,10 @@ def train(config, filled, device):
 
             # Log the losses of this step, and the rates since the last line.
             sums = sum_over_processes({**step_losses, **counts, "stops": stop_signal.received > 0})
-            seconds = time.perf_counter() - start  # the sum above waited for the device
             record = {"step": step, "epoch": info["position"][0]}
             record |= {name: sums[name] / world_size for name in step_losses}
             record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
-            record["tokens_per_second"] = sums["tokens"] / seconds
-            record["padding_share"] = 1 - sums["tokens"] / sums["padded_tokens"]
-            record["data_wait_share"] = sums["wait_seconds"] / world_size / seconds
-            record["peak_memory_mb"] = peak_memory_mb(device)
+            record |= measure_rates(sums, start, device)  # the sum has waited for the device
             check_finite(config, record)
             show_progress(bar, record)
             if rank == 0:
@@ -1344,15 +1368,9 @@ def train(config, filled, device):
             start = time.perf_counter()
 
     # End.
-    if stops:
-        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
-    elif rank == 0:
-        finish_output(config)
+    if rank == 0 and not stops:
         print_results(config)
-    dist.barrier()  # torchrun ends the others at the first exit
-    del lock  # --output is free
-    if stops:
-        sys.exit(128 + (stop_signal.received or signal.SIGTERM))
+    end_run(config, step, stops, stop_signal, lock)
 
 
 # ---- benchmark
@@ -1448,8 +1466,8 @@ def run_command(command, *arguments):
 def pretrain(argv):
     """Train or measure, as the flags say."""
     config = parse_config(argv, Config)
-    filled = complete_config(config)
     device = init_distributed()
+    filled = complete_config(config)
     if config.bench:
         bench(config, device)
     else:

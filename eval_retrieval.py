@@ -18,8 +18,7 @@ Reading order: a task is read, its texts are encoded and searched, the ranking i
 import ast
 import csv
 import gzip
-import hashlib
-import io
+import itertools
 import json
 import math
 import os
@@ -31,7 +30,6 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from copy import copy
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -43,8 +41,8 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from datasets.fingerprint import Hasher
 from torch import nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM
 from transformers.hf_argparser import HfArg
@@ -54,51 +52,57 @@ import bow_mae
 from bow_mae import UserError, print_once
 
 
+def flag(default, text):
+    """A field of the configuration, with its help."""
+    return HfArg(default=default, help=text)
+
+
 @dataclass
 class RetrievalConfig:
     """Every flag of every command; which command has which stands below."""
 
     # Data and encoder.
-    data: str = HfArg(default="python-docs", help="python-docs, folder, or BEIR name on the hub")
-    model: str = HfArg(default="out/bow_mae", help="encoder (folder, hub name), or bm25")
-    output: str = HfArg(default="out/retrieval", help="folder of all that is written")
-    pooling: Literal["auto", "cls", "mean"] = HfArg(default="auto", help="auto: as its files say")
-    similarity: Literal["auto", "dot", "cos"] = HfArg(default="auto", help="auto: as they say")
-    query_prefix: str = HfArg(default="", help="text before each query, such as 'query: '")
-    passage_prefix: str = HfArg(default="", help="text before each passage")
-    max_query_length: int = HfArg(default=32, help="tokens of a query")
-    max_passage_length: int | None = HfArg(default=None, help="tokens of a passage")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="of autocast")
-    seed: int = HfArg(default=0, help="of everything that is drawn")
+    data: str = flag("python-docs", "python-docs, folder, or BEIR name on the hub")
+    model: str = flag("out/bow_mae", "encoder (folder, hub name), or bm25")
+    output: str = flag("out/retrieval", "folder of all that is written")
+    pooling: Literal["auto", "cls", "mean"] = flag("auto", "auto: as its files say")
+    similarity: Literal["auto", "dot", "cos"] = flag("auto", "auto: as they say")
+    query_prefix: str = flag("", "text before each query, such as 'query: '")
+    passage_prefix: str = flag("", "text before each passage")
+    max_query_length: int = flag(32, "tokens of a query")
+    max_passage_length: int | None = flag(None, "tokens of a passage")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "of autocast")
+    seed: int = flag(0, "of everything that is drawn")
+    text: str = flag("", "question or text, also as the first word of a command")
     # Search and evaluation.
-    index: str = HfArg(default="Flat", help="of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
-    split: str = HfArg(default="test", help="split that is evaluated")
-    top_k: int = HfArg(default=1000, help="passages of a query; no metric is cut deeper")
-    relevance_level: int = HfArg(default=1, help="lowest relevant grade; nDCG uses all grades")
-    keep_identical_ids: bool = HfArg(default=False, help="keep a passage with its query's id")
-    compare: str = HfArg(default="", help="TREC run file, for a paired permutation test")
+    index: str = flag("Flat", "of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
+    split: str = flag("test", "split that is evaluated")
+    top_k: int = flag(1000, "passages of a query; no metric is cut deeper")
+    relevance_level: int = flag(1, "lowest relevant grade; nDCG uses all grades")
+    keep_identical_ids: bool = flag(False, "keep a passage with its query's id")
+    compare: str = flag("", "TREC run file, for a paired permutation test")
     # Mining.
-    train_split: str = HfArg(default="train", help="split that is trained on, or mined for")
+    train_split: str = flag("train", "split that is trained on, or mined for")
     depth: list[int] = HfArg(default_factory=lambda: [2, 200], help="first and last rank to mine")
-    sample: int = HfArg(default=128, help="negatives that are drawn from these ranks")
+    sample: int = flag(128, "negatives that are drawn from these ranks")
     # Fine-tuning.
     train_data: list[str] = HfArg(default_factory=list, help="files of Tevatron or DPR, joined")
     negatives_file: list[str] = HfArg(default_factory=list, help="files of `mine`, joined")
-    negatives: int | None = HfArg(default=None, help="hard negatives of a query in a step")
-    temperature: float = HfArg(default=1.0, help="of the softmax over passages")
-    epochs: int | None = HfArg(default=None, help="passes over the training queries")
-    steps: int | None = HfArg(default=None, help="optimizer steps; unset: those of --epochs")
-    batch_size: int = HfArg(default=64, help="queries of a step, over all processes")
-    micro_batch_size: int | None = HfArg(default=None, help="queries that are encoded at a time")
-    lr: float | None = HfArg(default=None, help="peak learning rate of AdamW")
-    lr_final_ratio: float = HfArg(default=0.1, help="final learning rate over its peak")
-    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; unset: steps // 20")
-    weight_decay: float | None = HfArg(default=None, help="of AdamW")
-    adam_beta2: float = HfArg(default=0.999, help="β₂ of AdamW")
-    workers: int = HfArg(default=0, help="data-loader processes of each process")
-    save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=1, help="newest checkpoints that are kept")
-    log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
+    negatives: int | None = flag(None, "hard negatives of a query in a step")
+    temperature: float = flag(1.0, "of the softmax over passages")
+    epochs: int | None = flag(None, "passes over the training queries")
+    steps: int | None = flag(None, "optimizer steps; unset: those of --epochs")
+    batch_size: int = flag(64, "queries of a step, over all processes")
+    micro_batch_size: int | None = flag(None, "queries that are encoded at a time")
+    lr: float | None = flag(None, "peak learning rate of AdamW")
+    lr_final_ratio: float = flag(0.1, "final learning rate over its peak")
+    warmup_steps: int | None = flag(None, "linear warm-up; unset: steps // 20")
+    weight_decay: float | None = flag(None, "of AdamW")
+    adam_beta2: float = flag(0.999, "β₂ of AdamW")
+    workers: int = flag(0, "data-loader processes of each process")
+    save_every: int = flag(500, "steps between checkpoints")
+    keep: int = flag(1, "newest checkpoints that are kept")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl")
 
 
 # Of flags that are not given: those of a run of minutes for python-docs, else the paper's values.
@@ -109,6 +113,12 @@ PAPER_DEFAULTS |= {"lr": 2e-5, "weight_decay": 0.0}
 
 
 # ---- task: passages, queries and judgements
+
+FIELD_NAMES = {  # of passages and queries
+    "_id": ("_id", "id", "docid", "passage_id", "psg_id", "query_id"),
+    "title": ("title",),
+    "text": ("text", "query"),
+}
 
 
 @dataclass
@@ -123,97 +133,73 @@ class Task:
     drop_identical: bool  # whether a passage with a query's id is its own text, as in BEIR
 
 
-def json_array(file):
-    """Yield the records of a JSON array, a piece of the file at a time: DPR's has 7 GB."""
+def split_array(file):
+    """Yield each object of a JSON array as text, reading a piece at a time: DPR's has 7 GB."""
     text = ""
     for piece in iter(lambda: file.read(2**16), ""):
         text = (text + piece).lstrip("[, \r\n\t")
         while text.startswith("{"):
             try:
-                record, end = json.JSONDecoder().raw_decode(text)
+                _, end = json.JSONDecoder().raw_decode(text)
             except ValueError:
-                break  # the record goes on in the next piece
-            yield record
+                break  # the object goes on in the next piece
+            yield text[:end]
             text = text[end:].lstrip(", \r\n\t")
     if text.strip() != "]":
-        raise ValueError("a record is malformed, or the array has no end")
+        raise ValueError("an object is malformed, or the array has no end")
 
 
-def dpr_questions(lines):
-    """Yield the records of DPR's files of a question, a tab, and a list of answers in Python."""
-    rows = csv.DictReader(lines, ["text", "answers"], delimiter="\t")
-    for number, row in enumerate(rows):
-        answers = ast.literal_eval(row["answers"])
-        yield {"_id": f"question:{number}", "text": row["text"], "answers": answers}
+def parse_line(line, number, name):
+    """The record of a line: of JSON, of a file of DPR, or of fields between tabs or else spaces."""
+    if line.lstrip().startswith("{"):
+        return json.loads(line)
+    line = line.rstrip("\r\n")
+    if name.startswith("psgs_w100.tsv"):
+        passage_id, text, title = next(csv.reader([line], delimiter="\t"))
+        return {"_id": passage_id, "text": text, "title": title}
+    if ".qa.csv" in name:
+        text, answers = next(csv.reader([line], delimiter="\t"))
+        return {"_id": f"question:{number}", "text": text, "answers": ast.literal_eval(answers)}
+    fields = line.split("\t" if "\t" in line else None)
+    if len(fields) < 2:
+        raise ValueError("neither a JSON object nor fields between tabs")
+    return {"_id": fields[0], "text": " ".join(fields[1:]), "fields": fields}
 
 
 def read_file(path):
-    """Yield (where, record) of JSON lines or a JSON array, (where, fields) of any other file.
-
-    What a file holds shows in its content, not in its name. UserError names the file and line.
-    """
+    """Yield (where, record) of a file of any format; UserError names the line of a bad one."""
     number = 0
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as file:
-            start = file.read(2**16).lstrip().decode("utf-8-sig", errors="ignore")
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            is_array = file.read(99).lstrip().startswith("[")
             file.seek(0)
-            lines = (line.decode("utf-8-sig") for line in file)
-            if start.startswith("["):
-                records = json_array(io.TextIOWrapper(file, "utf-8-sig"))
-            elif start.startswith("{"):
-                records = (dict(json.loads(line)) if line.strip() else {} for line in lines)
-            elif start.startswith("id\ttext\ttitle"):  # DPR's passages
-                records = csv.DictReader(lines, delimiter="\t")
-            elif ".qa.csv" in path.name:
-                records = dpr_questions(lines)
-            else:
-                separator = "\t" if "\t" in start.split("\n")[0] else None
-                records = (line.rstrip("\r\n").split(separator) for line in lines)
-            for number, record in enumerate(records, 1):
-                if record and record != [""]:
-                    yield f"{path}, line {number}", record
-    except (ValueError, TypeError, SyntaxError, EOFError, csv.Error, zlib.error) as error:
-        raise UserError(f"{path}, line {number + 1}: {error}") from error
+            lines = split_array(file) if is_array else file
+            for number, line in enumerate(lines, 1):
+                if line.strip() and not line.startswith("id\ttext\ttitle"):  # DPR's header
+                    yield f"{path}, line {number}", parse_line(line, number, path.name)
+    except (ValueError, SyntaxError, EOFError, csv.Error, zlib.error) as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
 
 
-def find_id(record):
-    """The id of a record, under any of its names, as a text; None if it has none."""
-    for name in ("_id", "id", "docid", "passage_id", "psg_id", "query_id"):
-        if record.get(name) is not None:
-            return str(record[name])
-    return None
-
-
-def record_id(record, where):
-    """The id of a record; white space in it would end a field of a TREC file."""
-    name = find_id(record)
-    if name is None or name.split() != [name]:
-        raise UserError(f"{where}: an id without white space is needed, not {name!r}")
-    return name
-
-
-def text_of(record, name, where):
-    """A text of a record, empty where it is null or missing; half a surrogate pair becomes "?"."""
-    value = record.get(name) or ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name} is no text")
-    return value.encode(errors="replace").decode()
-
-
-def passage_of(record, where):
-    """Title and text of a passage, of which one may be missing."""
-    if not isinstance(record, dict) or not {"title", "text"} & record.keys():
-        raise UserError(f"{where}: a passage needs a text")
-    return {name: text_of(record, name, where) for name in ("title", "text")}
+def clean_record(record, where):
+    """_id, title and text of a passage or query, whatever their names; "" for what is missing."""
+    if not isinstance(record, dict) or not {"title", "text", "query"} & record.keys():
+        raise UserError(f"{where}: no text")
+    cleaned = {}
+    for field, names in FIELD_NAMES.items():
+        values = [record[name] for name in names if record.get(name) is not None]
+        value = values[0] if values else ""
+        if not isinstance(value, str | int):
+            raise UserError(f"{where}: {field} is no text")
+        cleaned[field] = str(value).encode(errors="replace").decode()  # for half a surrogate pair
+    return cleaned
 
 
 def read_passages(path, size, modified):
     """Yield _id, title and text of a collection; size and time of the file key the cache."""
     for where, record in read_file(Path(path)):
-        if isinstance(record, list):  # of MS MARCO; a title column stays a part of the text
-            record = {"_id": record[0], "text": " ".join(record[1:])}
-        yield {"_id": record_id(record, where), **passage_of(record, where)}
+        yield clean_record(record, where)
 
 
 def cached_dataset(read, path):
@@ -230,43 +216,41 @@ def cached_dataset(read, path):
 
 
 def collect_queries(records):
-    """Texts, and answers where there are any, by query id; DPR's questions count from 0."""
+    """Texts, and answers where there are any, by query id."""
     queries, answers = {}, {}
     for where, record in records:
-        if isinstance(record, list):
-            record = {"_id": record[0], "text": " ".join(record[1:])}
-        query_id = record_id(record, where)
-        if query_id in queries:
-            raise UserError(f"{where}: query {query_id} occurs twice")
-        text = text_of(record, "text", where) or text_of(record, "query", where)
-        if text.strip():
-            queries[query_id] = text
+        query = clean_record(record, where)
+        if query["_id"] in queries:
+            raise UserError(f"{where}: query {query['_id']} occurs twice")
+        if query["text"].strip():
+            queries[query["_id"]] = query["text"]
         if record.get("answers"):
-            answers[query_id] = list(record["answers"])
+            answers[query["_id"]] = record["answers"]
     return queries, answers
 
 
-def collect_qrels(judgements):
+def collect_qrels(records):
     """Grades by query and passage id; TREC has its iteration between a query and a passage."""
     qrels = defaultdict(dict)
-    for where, values in judgements:
-        if values[-1] == "score":  # BEIR's header
-            continue
-        if len(values) not in (3, 4):
+    for where, record in records:
+        fields = record.get("fields", [])
+        if len(fields) not in (3, 4):
             raise UserError(f"{where}: expected query-id, passage-id and grade")
-        query_id = record_id({"_id": values[0]}, where)
-        passage_id = record_id({"_id": values[-2]}, where)
-        if not re.fullmatch(r"-?\d+(\.0*)?", str(values[-1]).strip()):
-            raise UserError(f"{where}: the grade {values[-1]!r} is no integer")
-        grade = int(float(values[-1]))
+        query_id, passage_id, grade = fields[0], fields[-2], fields[-1].strip()
+        if grade == "score":  # BEIR's header
+            continue
+        if not re.fullmatch(r"-?\d+(\.0*)?", grade):
+            raise UserError(f"{where}: the grade {grade} is no integer")
+        grade = int(float(grade))
         if qrels[query_id].setdefault(passage_id, grade) != grade:
             raise UserError(f"{where}: {query_id} {passage_id} has another grade further up")
     return dict(qrels)
 
 
-def find_file(folder, *names: str):
+def find_file(folder, *names):
     """The first of these files that is there, as it is or with .gz."""
-    paths = [folder / f"{name}{end}" for name in names for end in ("", ".gz")]
+    paths = [folder / name for name in names]
+    paths += [folder / f"{name}.gz" for name in names]
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -278,17 +262,12 @@ def read_folder(folder, split):
     queries, answers, qrels = {}, {}, {}
     if split:
         names = [f"queries.{split}.tsv", f"queries.{split}.jsonl", "queries.tsv", "queries.jsonl"]
+        names += sorted(path.name for path in folder.glob(f"*{split}.qa.csv*"))  # of DPR
         asked = find_file(folder, *names)
-        questions = sorted(folder.glob(f"*{split}.qa.csv*"))  # DPR's nq-test.qa.csv
-        if not asked and len(questions) == 1:
-            asked = questions[0]
-        if asked:
-            queries, answers = collect_queries(read_file(asked))
         judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
-        others = sorted(path.name for path in [*folder.glob("qrels/*"), *folder.glob("qrels.*")])
-        if not queries or not judged and (others or not answers):
-            missing = "qrels" if queries else "queries"
-            raise UserError(f"--data {folder} has no {missing} of {split}; its qrels are {others}")
+        if not asked or not judged and split not in asked.name:
+            raise UserError(f"--data {folder} has no {'qrels' if asked else 'queries'} of {split}")
+        queries, answers = collect_queries(read_file(asked))
         qrels = collect_qrels(read_file(judged)) if judged else {}
     return cached_dataset(read_passages, corpus), queries, answers, qrels
 
@@ -300,36 +279,33 @@ def read_hub(name, split):
         queries = datasets.load_dataset(name, "queries", split="queries") if split else []
         qrels = datasets.load_dataset(f"{name}-qrels", split=split) if split else []
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = bow_mae.short_reason(error)
         raise UserError(f"--data {name}, no folder here, on the hub: {reason}") from error
-    records = ((f"{name}, query {i}", row) for i, row in enumerate(queries))
-    for row in passages.select_columns("_id"):
-        record_id(row, f"--data {name}")
-    columns = ("query-id", "corpus-id", "score")
-    judged = ((f"{name}-qrels, row {i}", [row[c] for c in columns]) for i, row in enumerate(qrels))
-    return passages, *collect_queries(records), collect_qrels(judged)
+    asked = [(f"{name}, query {number}", row) for number, row in enumerate(queries)]
+    judged = []
+    for number, row in enumerate(qrels):
+        fields = [str(row[column]) for column in ("query-id", "corpus-id", "score")]
+        judged.append((f"{name}-qrels, row {number}", {"fields": fields}))
+    return passages, *collect_queries(asked), collect_qrels(judged)
 
 
 def read_python_docs(split):
     """The same, of python-docs: a summary asks for its text; a hash of the name gives the split."""
-    splits = {"train": range(2, 10), "dev": [1], "test": [0], "all": range(10), "": []}
-    if split not in splits:
-        raise UserError(f"--data python-docs has no split {split}, but {' '.join(splits)}")
+    numbers = {"train": range(2, 10), "dev": [1], "test": [0]}.get(split, [])
     print_once("building the corpus, or reading it from the cache")
     docs = bow_mae.python_docs()
     queries, qrels = {}, {}
     for row in docs.select_columns(["_id", "query"]):
-        if zlib.crc32(row["_id"].encode()) % 10 in splits[split]:
+        if zlib.crc32(row["_id"].encode()) % 10 in numbers:
             queries[f"query:{row['_id']}"] = row["query"]
             qrels[f"query:{row['_id']}"] = {row["_id"]: 1}
     return docs, queries, {}, qrels
 
 
 def load_task(config, split):
-    """The passages of --data and the queries that a split judges, or that carry answers.
+    """The passages of --data, and the queries that a split (if any) judges or that carry answers.
 
-    A judged passage that is missing stays judged, as in trec_eval; a judged query without a text
-    is left out. Of both there is a warning. No queries are read for split "".
+    A missing passage stays judged, as in trec_eval; a judged query without a text is left out.
     """
     folder = Path(config.data).expanduser()
     if config.data == "python-docs":
@@ -340,26 +316,24 @@ def load_task(config, split):
         passages, queries, answers, qrels = read_hub(config.data, split)
     rows = {str(name): row for row, name in enumerate(passages["_id"])}
     if len(rows) < len(passages):
-        (name, _), *_ = Counter(passages["_id"]).most_common(1)
+        name = Counter(passages["_id"]).most_common(1)[0][0]
         raise UserError(f"--data {config.data}: passage id {name!r} occurs twice")
-    judged = [name for grades in qrels.values() for name in grades if grades[name] > 0]
+    judged = list(itertools.chain.from_iterable(qrels.values()))
+    for name in itertools.chain(rows, queries, judged, qrels):
+        if name.split() != [name]:
+            raise UserError(f"--data {config.data}: the id {name!r} is empty or has white space")
     lost_passages = [name for name in judged if name not in rows]
     lost_queries = [query_id for query_id in qrels if query_id not in queries]
-    if qrels and (len(lost_passages) == len(judged) or len(lost_queries) == len(qrels)):
-        raise UserError(f"--data {config.data} lacks all relevant passages, or queries, of {split}")
-    for kind, lost in {"relevant passages": lost_passages, "queries": lost_queries}.items():
+    for kind, lost in {"judged passages": lost_passages, "queries": lost_queries}.items():
         if lost:
             print_once(f"warning: {len(lost)} {kind} are missing, the first is {lost[0]!r}")
     asked = [query_id for query_id in qrels or answers if query_id in queries]
-    if split and not asked:
-        raise UserError(f"--data {config.data}: no query of {split} has judgements or answers")
+    if split and not asked or judged and len(lost_passages) == len(judged):
+        raise UserError(f"--data {config.data} lacks all queries, or judged passages, of {split}")
     queries = {query_id: queries[query_id] for query_id in asked}
     qrels = {query_id: qrels[query_id] for query_id in asked if query_id in qrels}
-    answers = {query_id: answers[query_id] for query_id in asked if query_id in answers}
-    # The numbers of MS MARCO's queries have nothing to do with those of its passages.
-    has_numbers = find_file(folder, "collection.tsv") is not None
-    drop_identical = not has_numbers and not config.keep_identical_ids
-    return Task(passages, rows, queries, qrels, answers, drop_identical)
+    is_beir = find_file(folder, "collection.tsv") is None  # MS MARCO only numbers its queries
+    return Task(passages, rows, queries, qrels, answers, is_beir and not config.keep_identical_ids)
 
 
 def passage_texts(passages, rows):
@@ -372,7 +346,7 @@ def passage_texts(passages, rows):
 
 # ---- encoding
 
-CHUNK_SIZE = 4096  # texts in a file of vectors
+CHUNK_SIZE = 1024  # texts in a file of vectors
 
 
 def model_file(source, name):
@@ -388,11 +362,10 @@ def saved_pooling(source):
     if unknown:
         raise UserError(f"--model {source}: its module {min(unknown)} is not supported")
     config = model_file(source, "1_Pooling/config.json")
-    modes = [name for name, value in config.items() if "pooling_mode_" in name and value is True]
-    modes += [config["pooling_mode"]] if "pooling_mode" in config else []
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    pooling = "+".join(names.get(mode, mode) for mode in modes)
-    return pooling or "cls", "cos" if "Normalize" in modules else "dot"
+    modes = [name for name in config if "pooling_mode_" in name and config[name]]
+    pooling = "+".join(names.get(mode, mode) for mode in modes) or config.get("pooling_mode", "cls")
+    return pooling, "cos" if "Normalize" in modules else "dot"
 
 
 class Encoder(nn.Module):
@@ -408,16 +381,14 @@ class Encoder(nn.Module):
             lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
             lm.base_model(torch.full((1, longest), len(self.tokenizer) - 1))
         except (OSError, ValueError, IndexError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = bow_mae.short_reason(error)
             raise UserError(f"--model {source} cannot encode {longest} tokens: {reason}") from error
-        missing = set(report["missing_keys"])
-        lacking = missing & {
-            f"{lm.base_model_prefix}.{name}" for name in lm.base_model.state_dict()
-        }
-        if lacking:
-            raise UserError(f"--model {source} lacks weights, such as {min(lacking)}")
+        missing = report["missing_keys"]
+        if any(name.startswith(f"{lm.base_model_prefix}.") for name in missing):
+            raise UserError(f"--model {source} lacks weights of its encoder")
         # Without a head the encoder stays, which a masked LM makes without a pooler.
         self.lm = lm.base_model if missing else lm
+        self.width = lm.config.hidden_size
         self.to(device).eval()
         self.device, self.dtype = device, bow_mae.compute_dtype(config.precision, device)
         pooling, similarity = saved_pooling(source)
@@ -426,12 +397,9 @@ class Encoder(nn.Module):
         if self.pooling not in ("cls", "mean"):
             raise UserError(f"--model {source}: pooling {self.pooling} is not supported")
         settings = f"{self.dtype} {self.pooling} {self.similarity}"
-        digest = hashlib.sha256((settings + self.tokenizer.backend_tokenizer.to_str()).encode())
-        for tensor in self.lm.base_model.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
-        self.fingerprint = digest.hexdigest()  # of all that vectors depend on
-        kind = "encoder without a head" if missing else "masked LM"
-        print_once(f"{source}: {kind}, {settings}, up to {longest} tokens, {device}")
+        state = [self.tokenizer.backend_tokenizer.to_str(), self.lm.base_model.state_dict()]
+        self.fingerprint = Hasher.hash([settings, *state])  # of all that vectors depend on
+        print_once(f"{source}: {settings}, up to {longest} tokens, {device}")
 
     def forward(self, batch):
         """Vectors (B, D), float32 and of norm 1 for `cos`, of input_ids, attention_mask (B, L)."""
@@ -447,56 +415,45 @@ class Encoder(nn.Module):
         return F.normalize(vectors, dim=1) if self.similarity == "cos" else vectors
 
     @torch.no_grad()
-    def encode(self, texts, max_length, bar=None):
+    def encode(self, texts, max_length):
         """The vectors (N, D) of texts, float32, computed in batches of like length."""
         tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
-        vectors = np.empty((len(texts), self.lm.config.hidden_size), np.float32)
+        vectors = np.empty((len(texts), self.width), np.float32)
         for start in range(0, len(texts), 64):
             chosen = order[start : start + 64]
             padded = {"input_ids": [tokens[i] for i in chosen]}
             vectors[chosen] = self(self.tokenizer.pad(padded, return_tensors="pt")).cpu().numpy()
-            if bar is not None:
-                bar.update(len(chosen))
         if not np.isfinite(vectors).all():
             raise UserError("a vector is not finite: set --precision fp32")
         return vectors
 
 
 def encode_collection(encoder, texts, folder, prefix, length):
-    """Write the vectors of texts, CHUNK_SIZE a file, each process its slice; returns the files.
+    """Write the vectors of texts, CHUNK_SIZE a file, which processes share out; returns all files.
 
-    They lie in a folder that is named by all that they depend on: what an interrupted run has
-    finished serves again, and the rest is removed.
+    Their folder is named by all that they depend on: what an interrupted run has finished serves
+    again, and other folders are removed.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    key = f"{encoder.fingerprint} {texts._fingerprint} {CHUNK_SIZE} {length} {prefix}"
-    target = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    key = [encoder.fingerprint, texts._fingerprint, CHUNK_SIZE, length, prefix]
+    target, rank = Path(folder, Hasher.hash(key)), dist.get_rank()
     if rank == 0:
         target.mkdir(parents=True, exist_ok=True)
-        for outdated in set(folder.iterdir()) - {target}:
+        for outdated in set(target.parent.iterdir()) - {target}:
             shutil.rmtree(outdated)
     dist.barrier()
-    starts = np.arange(0, len(texts), CHUNK_SIZE)
-    starts = np.array_split(starts, world_size)[rank].tolist()
-    own_rows = {
-        target / f"{start:010}.npy": range(start, min(start + CHUNK_SIZE, len(texts)))
-        for start in starts
-    }
-    total = sum(len(rows) for rows in own_rows.values())
-    bar = tqdm(desc=f"encode {folder.name}", total=total, disable=rank > 0)
-    for file, rows in own_rows.items():
-        if file.exists():
-            bar.update(len(rows))
-            continue
-        chunk = [prefix + text for text in passage_texts(texts, rows)]
-        vectors = encoder.encode(chunk, length, bar)
-        with file.with_suffix(".tmp").open("wb") as unfinished:
-            np.save(unfinished, vectors)
-        file.with_suffix(".tmp").replace(file)
-    bar.close()
+    starts = range(0, len(texts), CHUNK_SIZE)
+    files = [target / f"{start:010}.npy" for start in starts]
+    own = files[rank :: dist.get_world_size()]
+    for file in tqdm(own, f"encode {target.parent.name}", unit="file", disable=rank > 0):
+        if not file.exists():
+            rows = range(int(file.stem), len(texts))[:CHUNK_SIZE]
+            chunk = [prefix + text for text in passage_texts(texts, rows)]
+            unfinished = file.with_suffix(".tmp.npy")
+            np.save(unfinished, encoder.encode(chunk, length))
+            unfinished.replace(file)
     dist.barrier()
-    return sorted(target.glob("*.npy")), list(own_rows)
+    return files
 
 
 # ---- search
@@ -505,100 +462,57 @@ def encode_collection(encoder, texts, folder, prefix, length):
 def check_index(config, encoder, num_passages):
     """UserError if faiss cannot build --index of so many passages, or would search by distance."""
     try:
-        width = encoder.lm.config.hidden_size
-        index = faiss.index_factory(width, config.index, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(encoder.width, config.index, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).split("Error: ")[-1]
-        raise UserError(f"--index {config.index} of vectors of {width}: {reason}") from error
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise UserError(f"--index {config.index} would search by distance, not by inner product")
-    if isinstance(faiss.downcast_index(index), faiss.IndexIDMap):
-        raise UserError(f"--index {config.index}: leave IDMap out, it is there anyway")
+        raise UserError(f"--index {config.index} of width {encoder.width}: {reason}") from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT or "IDMap" in config.index:
+        raise UserError(f"--index {config.index} searches by distance, or has a needless IDMap")
     inverted = faiss.try_extract_index_ivf(index)
     needed = inverted.nlist if inverted else 1
     if re.search("PQ|RQ", config.index):
         bits = re.findall(r"x(\d+)", config.index) or ["8"]  # PQ16 is PQ16x8
         needed = max(needed, 2 ** int(bits[-1]))
-    # The last process has whole files and the last one, see encode_collection.
-    num_files = math.ceil(num_passages / CHUNK_SIZE)
-    own_files = max(1, num_files // dist.get_world_size())
-    share = num_passages - (num_files - own_files) * CHUNK_SIZE
-    if share < needed:
+    starts = range(0, num_passages, CHUNK_SIZE)[dist.get_rank() :: dist.get_world_size()]
+    share = sum(min(CHUNK_SIZE, num_passages - start) for start in starts)
+    if 0 < share < needed:
         raise UserError(f"--index {config.index} needs {needed} passages a process, not {share}")
 
 
 def build_index(config, encoder, passages):
-    """The faiss index, by row, of this process's slice of the passages, which it encodes."""
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    """The faiss index, by row, of this process's share of the passages, which it encodes."""
     folder, length = Path(config.output, "vectors", "passages"), config.max_passage_length
-    _, files = encode_collection(encoder, passages, folder, config.passage_prefix, length)
-    kind = f"IDMap,{config.index}" if files else "IDMap,Flat"  # nothing to train on
-    width = encoder.lm.config.hidden_size
-    index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+    files = encode_collection(encoder, passages, folder, config.passage_prefix, length)
+    own = files[dist.get_rank() :: dist.get_world_size()]
+    kind = f"IDMap,{config.index}" if own else "IDMap,Flat"  # nothing to train on
+    index = faiss.index_factory(encoder.width, kind, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         print_once(f"training the index {config.index}")
-        every = math.ceil(len(files) * CHUNK_SIZE / 300_000)  # so many vectors are enough
-        index.train(np.concatenate([np.load(file)[::every] for file in files]))
+        every = math.ceil(len(own) * CHUNK_SIZE / 300_000)  # so many vectors are enough
+        index.train(np.concatenate([np.load(file)[::every] for file in own]))
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = max(1, inverted.nlist // 16)  # lists searched for a query, not only 1
-    for file in tqdm(files, "index", unit="file", disable=dist.get_rank() > 0):
+    for file in tqdm(own, "index", unit="file", disable=dist.get_rank() > 0):
         vectors = np.load(file)
         index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem))
     return index
 
 
-def write_index(config, encoder, passages, index):
-    """Write output/index: the passages, a faiss index of each process, and then the flags."""
-    folder, rank = Path(config.output, "index"), dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        passages.save_to_disk(folder / "passages")
-    dist.barrier()
-    faiss.write_index(index, str(folder / f"{rank:05}.faiss"))
-    dist.barrier()
-    if rank == 0:
-        saved = {"config": asdict(config), "encoder": encoder.fingerprint}
-        bow_mae.write_json(folder / "index.json", saved)
-
-
 def search_index(index, vectors, k):
-    """Scores and rows (Q, k) of the best passages of an index; row -1 where it has no more."""
-    found = []
-    bar = tqdm(desc="search", total=len(vectors), unit="query", disable=dist.get_rank() > 0)
-    for start in range(0, len(vectors), 256):
-        found.append(index.search(vectors[start : start + 256], k))
-        bar.update(len(found[-1][0]))
-    bar.close()
+    """Scores and rows (Q, k) of the best passages of all processes' indexes, on the first."""
+    batches = np.split(vectors, range(256, len(vectors), 256))
+    hidden = dist.get_rank() > 0 or len(batches) == 1
+    found = [index.search(batch, k) for batch in tqdm(batches, "search", disable=hidden)]
     scores = np.concatenate([scores for scores, _ in found])
-    return scores, np.concatenate([rows for _, rows in found])
-
-
-def merge_hits(found):
-    """The k best of several indexes' scores and rows, each (Q, k)."""
-    scores = np.stack([scores for scores, _ in found])  # (indexes, Q, k)
-    rows = np.stack([rows for _, rows in found])
-    return faiss.merge_knn_results(scores, rows, keep_max=True)
-
-
-def retrieve(config, task, encoder, k, writes=False):
-    """Scores and rows (Q, k) of each query's best passages, on the first process; else None.
-
-    Without an encoder BM25 searches. `writes`: leave the index for the command `search`.
-    """
-    queries = list(task.queries.values())
-    if encoder is None:
-        return bm25(task.passages, queries, k) if dist.get_rank() == 0 else None
-    index = build_index(config, encoder, task.passages)
-    if writes:
-        write_index(config, encoder, task.passages, index)
-    texts = datasets.Dataset.from_dict({"text": queries})
-    folder, length = Path(config.output, "vectors", "queries"), config.max_query_length
-    files, _ = encode_collection(encoder, texts, folder, config.query_prefix, length)
-    vectors = np.concatenate([np.load(file) for file in files])  # (Q, D)
+    rows = np.concatenate([rows for _, rows in found])
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(search_index(index, vectors, k), everyone)
-    return merge_hits(everyone) if everyone else None
+    dist.gather_object((scores, rows), everyone)
+    if everyone is None:
+        return None
+    all_scores = np.stack([scores for scores, _ in everyone])  # (processes, Q, k)
+    all_rows = np.stack([rows for _, rows in everyone])
+    return faiss.merge_knn_results(all_scores, all_rows, keep_max=True)
 
 
 # Those that Lucene's EnglishAnalyzer leaves out.
@@ -618,7 +532,8 @@ WORD = re.compile(rf"(?:[\w{MARKS}]|(?<=[^\W\d])[.'’](?=[^\W\d])|(?<=\d)[.,](?
 def bm25_terms(text):
     """Words without stop words; pairs of characters, as Lucene's, where a script has no spaces."""
     text = unicodedata.normalize("NFKC", text).lower()
-    terms = [word for word in WORD.findall(SPACELESS_RUN.sub(" ", text)) if word not in STOP_WORDS]
+    words = WORD.findall(SPACELESS_RUN.sub(" ", text))
+    terms = [word for word in words if word not in STOP_WORDS]
     for run in SPACELESS_RUN.findall(text):
         characters = CHARACTER.findall(run)
         last = max(1, len(characters) - 1)
@@ -627,40 +542,33 @@ def bm25_terms(text):
 
 
 def bm25(passages, queries, k):
-    """Scores and rows (Q, k) of the best passages by BM25, row -1 where no more match.
+    """Scores and rows of the best passages of each query, at most k, by BM25.
 
     Robertson's BM25 as in Lucene, k1 = 0.9 and b = 0.4, without a stemmer. Its inverted index is
-    in memory, some 35 bytes a posting: meant for up to a few million passages.
+    in memory, some 20 bytes a posting: meant for up to a few million passages.
     """
-    numbers, terms, counts, sizes, lengths = {}, array("i"), array("i"), [], []
+    rows, counts = defaultdict(lambda: array("i")), defaultdict(lambda: array("i"))  # by term
+    lengths = []
     for row in tqdm(range(len(passages)), "BM25 index", unit="passage"):
         found = Counter(bm25_terms(passage_texts(passages, [row])[0]))
-        terms.extend(numbers.setdefault(term, len(numbers)) for term in found)
-        counts.extend(found.values())
-        sizes.append(len(found))
         lengths.append(found.total())
-    terms, counts = np.asarray(terms), np.asarray(counts)  # (postings,)
-    rows = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)  # (postings,)
-    frequency = np.bincount(terms, minlength=len(numbers))  # (terms,)
-    idf = np.log(1 + (len(sizes) - frequency + 0.5) / (frequency + 0.5))
+        for term, count in found.items():
+            rows[term].append(row)
+            counts[term].append(count)
     norm = 0.9 * (1 - 0.4 + 0.4 * np.array(lengths) / max(np.mean(lengths), 1e-9))  # (passages,)
-    weights = (idf[terms] * counts / (counts + norm[rows])).astype(np.float32)  # (postings,)
-    order = np.argsort(terms, kind="stable")
-    rows, weights, ends = rows[order], weights[order], np.cumsum(frequency)
 
-    best_scores = np.zeros((len(queries), k), np.float32)
-    best_rows = np.full((len(queries), k), -1)
-    for i, query in enumerate(tqdm(queries, "BM25 search", unit="query")):
-        scores = np.zeros(len(sizes), np.float32)  # (passages,)
-        for term, count in Counter(bm25_terms(query)).items():
-            if term in numbers:
-                end = ends[numbers[term]]
-                postings = slice(end - frequency[numbers[term]], end)
-                scores[rows[postings]] += count * weights[postings]
+    best_scores, best_rows = [], []
+    for query in tqdm(queries, "BM25 search", unit="query"):
+        scores = np.zeros(len(lengths), np.float32)  # (passages,)
+        for term, repeats in Counter(bm25_terms(query)).items():
+            if term in rows:
+                postings, count = np.array(rows[term]), np.array(counts[term])
+                idf = math.log(1 + (len(lengths) - len(count) + 0.5) / (len(count) + 0.5))
+                scores[postings] += repeats * idf * count / (count + norm[postings])
         matched = np.flatnonzero(scores)
         best = matched[np.argsort(-scores[matched], kind="stable")[:k]]
-        best_scores[i, : len(best)] = scores[best]
-        best_rows[i, : len(best)] = best
+        best_scores.append(scores[best])
+        best_rows.append(best)
     return best_scores, best_rows
 
 
@@ -670,17 +578,29 @@ def ranking(hits):
     return sorted(keys, key=keys.get, reverse=True)
 
 
-def ranked_hits(task, scores, rows, k):
-    """Yield each query id with its k best passages {passage id: score}, of scores, rows (Q, more).
+def retrieve(config, task, encoder, k):
+    """The k best passages of each query, see `ranked_hits`, on the first process; else nothing."""
+    queries = list(task.queries.values())
+    depth = k + 17  # more, for ties and for a passage that is dropped
+    if encoder is None:
+        found = bm25(task.passages, queries, depth) if dist.get_rank() == 0 else None
+    else:
+        index = build_index(config, encoder, task.passages)
+        texts = datasets.Dataset.from_dict({"text": queries})
+        folder, length = Path(config.output, "vectors", "queries"), config.max_query_length
+        files = encode_collection(encoder, texts, folder, config.query_prefix, length)
+        found = search_index(index, np.concatenate([np.load(file) for file in files]), depth)
+    return ranked_hits(task, *found, k) if found else None
 
-    A passage with the id of its query is dropped, as in BEIR, unless it is judged relevant.
-    """
+
+def ranked_hits(task, scores, rows, k):
+    """Yield each query id with its k best passages {passage id: score}, of more scores and rows."""
     ids, num_dropped = list(task.rows), 0
     for query_id, query_scores, query_rows in zip(task.queries, scores, rows, strict=True):
         found = zip(query_scores.tolist(), query_rows.tolist(), strict=True)
         hits = {ids[row]: score for score, row in found if row >= 0}
         is_relevant = task.qrels.get(query_id, {}).get(query_id, 0) > 0
-        if task.drop_identical and query_id in hits and not is_relevant:
+        if task.drop_identical and query_id in hits and not is_relevant:  # as in ArguAna
             del hits[query_id]
             num_dropped += 1
         yield query_id, {name: hits[name] for name in ranking(hits)[:k]}
@@ -701,8 +621,7 @@ def evaluate_run(run, qrels, relevance_level=1, top_k=1000):
 
     run {query id: {passage id: score}}, qrels {query id: {passage id: grade}}. A query without a
     passage of a positive grade is left out (trec_eval counts it as 0); one that the run lacks
-    scores 0. Relevant is a grade from relevance_level on; nDCG has the grades as gains; MAP is cut
-    at 1000 (m_map_cut.c). A metric that is cut deeper than top_k is left out.
+    scores 0. Relevant is a grade from relevance_level on. No metric is cut deeper than top_k.
     """
     results = {}
     for query_id, judged in qrels.items():
@@ -715,79 +634,70 @@ def evaluate_run(run, qrels, relevance_level=1, top_k=1000):
         gains = [judged.get(name, 0) for name in names[:10]]
         ideal = sorted(judged.values(), reverse=True)[:10]
         precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
-        values = {"MRR@10": 1 / first if first <= 10 else 0}
-        values["nDCG@10"] = dcg(gains) / dcg(ideal)
-        values["MAP@1000"] = sum(precisions) / num_relevant
+        values = {
+            "MRR@10": 1 / first if first <= 10 else 0,
+            "nDCG@10": dcg(gains) / dcg(ideal),
+            "MAP@1000": sum(precisions) / num_relevant,
+        }
         for k in (50, 100, 1000):
             values[f"Recall@{k}"] = sum(rank <= k for rank in ranks) / num_relevant
         for k in (1, 10, 50, 1000):
             values[f"Hit@{k}"] = first <= k
-        results[query_id] = {}
-        for name, value in values.items():
-            if int(name.split("@")[1]) <= top_k:
-                results[query_id][name] = float(value)
+        names = [name for name in values if int(name.split("@")[1]) <= top_k]
+        results[query_id] = {name: float(values[name]) for name in names}
     return results
 
 
-def mean(results):
-    """The mean of each metric over queries."""
-    table = pd.DataFrame(list(results.values()))  # a row a query
-    return {name: float(table[name].mean()) for name in table}
+ANSWER_WORD = re.compile(rf"(?:[^\W_]|[{MARKS}])+|\S")
 
 
-ANSWER_TOKEN = re.compile(rf"(?:[^\W_]|[{MARKS}])+|\S")
-
-
-def answer_tokens(text):
+def answer_words(text):
     """DPR's words of a text: runs of letters, digits and marks, or single visible characters."""
-    tokens = ANSWER_TOKEN.findall(unicodedata.normalize("NFD", text).lower())
-    return [token for token in tokens if unicodedata.category(token[0])[0] not in "CZ"]
+    words = ANSWER_WORD.findall(unicodedata.normalize("NFD", text).lower())
+    words = [word for word in words if unicodedata.category(word[0])[0] not in "CZ"]
+    return " ".join(["", *words, ""])
 
 
 def has_answer(text, answers):
     """Whether a text has the words of an answer in a row, as in DPR; no words are nowhere."""
-    body = unicodedata.normalize("NFD", text).lower()
-    for tokens in map(answer_tokens, answers):
-        # Most texts lack a word of the answer, which is faster to see than all their own words.
-        if tokens and all(token in body for token in tokens):
-            words = answer_tokens(text)
-            starts = range(len(words) - len(tokens) + 1)
-            if any(words[i : i + len(tokens)] == tokens for i in starts):
-                return True
-    return False
+    body = answer_words(text)
+    return any(words.strip() and words in body for words in map(answer_words, answers))
+
+
+def find_answers(task, query_id, names):
+    """Whether the text (without title) of each passage has an answer of a query."""
+    rows = [task.rows[name] for name in names]
+    texts = task.passages[rows]["text"] if rows else []
+    return [has_answer(text or "", task.answers[query_id]) for text in texts]
 
 
 def answer_hits(task, run, top_k):
-    """AnswerHit@k of each query: whether the text (no title) of a k best passage has an answer."""
+    """AnswerHit@k of each query with answers: whether one of the k best passages has one."""
     results = {}
-    for query_id, answers in task.answers.items():
-        rows = [task.rows[name] for name in ranking(run.get(query_id, {}))[:100]]
-        texts = task.passages[rows]["text"] if rows else []
-        hits = [has_answer(text or "", answers) for text in texts]
-        results[query_id] = {
-            f"AnswerHit@{k}": float(any(hits[:k])) for k in (5, 20, 100) if k <= top_k
-        }
+    for query_id, hits in run.items():
+        if query_id in task.answers:
+            found = find_answers(task, query_id, list(hits)[:100])
+            ranks = [k for k in (5, 20, 100) if k <= top_k]
+            results[query_id] = {f"AnswerHit@{k}": float(any(found[:k])) for k in ranks}
     return results
 
 
-def permutation_test(differences, seed=0, draws=10_000):
+def permutation_test(differences, seed=0):
     """The two-sided p-value of paired differences (Q,): how often random signs give as much."""
     rng = np.random.default_rng(seed)
-    observed, larger = abs(differences.sum()), 0
-    for _ in range(draws // 1000):
-        signs = rng.choice([-1, 1], (1000, len(differences)))
-        larger += int((abs(signs @ differences) >= observed - 1e-9).sum())
-    return (larger + 1) / (draws + 1)
+    draws = [rng.choice([-1, 1], len(differences)) @ differences for _ in range(10_000)]
+    is_larger = np.abs(draws) >= abs(differences.sum()) - 1e-9
+    return (is_larger.sum() + 1) / (len(draws) + 1)
 
 
 def read_run(path):
     """A TREC run file, `qid Q0 docid rank score tag` a line; trec_eval does not use the rank."""
     run = defaultdict(dict)
-    for where, values in read_file(Path(path)):
+    for where, record in read_file(Path(path)):
         try:
-            query_id, _, passage_id, _, score, _ = values
+            query_id, _, passage_id, _, score, _ = record["fields"]
             run[query_id][passage_id] = float(score)
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise UserError(f"{where}: expected qid Q0 docid rank score tag") from error
     return dict(run)
 
@@ -809,34 +719,32 @@ class TrainingSet:
 def read_examples(path, size, modified):
     """Yield the passages of a file in Tevatron's or DPR's format, with query and role."""
     for where, record in read_file(Path(path)):
+        query = record.get("query", record.get("question"))
         positives = record.get("positive_passages", record.get("positive_ctxs"))
-        negatives = record.get("negative_passages") or record.get("hard_negative_ctxs")
-        negatives = negatives or record.get("negative_ctxs") or []
-        query = text_of(record, "query" if "query" in record else "question", where)
+        negatives = record.get("negative_passages") or record.get("hard_negative_ctxs") or []
         if not query or not isinstance(positives, list) or not isinstance(negatives, list):
             raise UserError(f"{where}: give a query, and positive_passages as a list")
+        query = clean_record({"query": query}, where)["text"]
+        query_id = str(record.get("query_id", ""))
         for i, passage in enumerate(positives + negatives):
-            row = passage_of(passage, where)
-            row |= {"_id": find_id(passage) or row["text"], "relevant": i < len(positives)}
-            yield row | {"query": query, "query_id": str(record.get("query_id", ""))}
+            row = clean_record(passage, where)
+            row["_id"] = row["_id"] or row["text"]
+            yield row | {"query_id": query_id, "query": query, "relevant": i < len(positives)}
 
 
 def read_negatives(path, task):
     """Yield (query id, rows) of a file of `mine`, or of lines of a query id and passage ids."""
     for where, record in read_file(Path(path)):
-        if isinstance(record, list):
-            record = {"query_id": record[0], "negatives": record[1:]}
-        query_id, names = str(record.get("query_id")), record.get("negatives")
-        if query_id not in task.queries or not isinstance(names, list):
-            raise UserError(f"{where}: query {query_id} is not in --data, or negatives are no list")
+        query_id = str(record.get("query_id", record.get("_id")))
+        names = record.get("negatives") or record.get("fields", [])[1:]
         unknown = [name for name in names if str(name) not in task.rows]
-        if unknown:
-            raise UserError(f"{where}: passage {unknown[0]} is not in --data")
+        if query_id not in task.queries or unknown:
+            raise UserError(f"{where}: query {query_id} or passages {unknown} are not in --data")
         yield query_id, [task.rows[str(name)] for name in names]
 
 
 def load_training_set(config):
-    """The judged queries of --data, with --negatives_file, and --train_data, joined by query."""
+    """The judged queries of --data, with --negatives_file, and --train_data, joined by text."""
     tables, ids, queries = [], [], {}
     positives = defaultdict(lambda: array("i"))  # rows by query id
     negatives = defaultdict(lambda: array("i"))
@@ -851,15 +759,14 @@ def load_training_set(config):
         for path in config.negatives_file:
             for query_id, rows in read_negatives(path, task):
                 negatives[query_id].extend(rows)
-    query_ids = {text: query_id for query_id, text in queries.items()}
+    ids_by_text = {query: query_id for query_id, query in queries.items()}
     for path in config.train_data:
         table = cached_dataset(read_examples, Path(path))
         columns = ["query_id", "query", "relevant"]
         frame = table.select_columns([*columns, "_id"]).to_pandas()
-        for (query_id, text, relevant), rows in frame.groupby(columns).indices.items():
-            if queries.get(query_id) != text:  # DPR's questions have no id
-                query_id = query_ids.get(text, f"{query_id} {text}")
-            queries.setdefault(query_id, text)
+        for (query_id, query, relevant), rows in frame.groupby(columns).indices.items():
+            query_id = ids_by_text.get(query, f"{query_id} {query}")  # DPR's have no id
+            queries[query_id] = query
             side = positives if relevant else negatives
             side[query_id].extend((rows + len(ids)).tolist())
         tables.append(table.select_columns(["_id", "title", "text"]))
@@ -867,13 +774,12 @@ def load_training_set(config):
 
     identity = pd.factorize(np.array(ids, dtype=object))[0]
     training = TrainingSet(datasets.concatenate_datasets(tables), identity, [], [], [])
-    for query_id, text in queries.items():
-        if positives[query_id]:
-            rows = np.array(negatives[query_id], np.int32)
-            is_positive = np.isin(identity[rows], identity[positives[query_id]])
-            training.queries.append(text)
-            training.positives.append(np.array(positives[query_id], np.int32))
-            training.negatives.append(rows[~is_positive])
+    for query_id, query in queries.items():
+        known, rows = positives[query_id], np.array(negatives[query_id], np.int32)
+        if known:
+            training.queries.append(query)
+            training.positives.append(np.array(known, np.int32))
+            training.negatives.append(rows[~np.isin(identity[rows], identity[known])])
     num_queries = len(training.queries)
     if num_queries < len(queries):
         print_once(f"warning: {len(queries) - num_queries} queries have no positive: left out")
@@ -900,44 +806,39 @@ class FinetuningSteps(torch.utils.data.Dataset):
             rng = np.random.default_rng([config.seed, epoch])
             self.epoch, self.order = epoch, rng.permutation(len(training.queries))
         chosen = self.order[number * config.batch_size :][: config.batch_size]  # (B,)
-        rows = np.stack([self.draw(int(i), epoch) for i in chosen])  # (B, 1+n)
+        rows = np.stack([self.draw(i, epoch) for i in chosen])  # (B, 1+n)
         identity = training.identity[rows].ravel()  # (B·(1+n),)
-        positives = [training.identity[training.positives[i]] for i in chosen]
-        known = np.stack([np.isin(identity, own) for own in positives])  # (B, B·(1+n))
-        columns = np.arange(len(rows)) * rows.shape[1]  # (B,) each query's own positive
-        known[np.arange(len(rows)), columns] = False
+        known = torch.zeros(len(rows), len(identity), dtype=torch.bool)
+        for place, i in enumerate(chosen):
+            own = training.identity[training.positives[i]]
+            known[place] = torch.from_numpy(np.isin(identity, own))
+            known[place, place * rows.shape[1]] = False  # the positive that the query is for
 
         micro_batches = []
-        for start in range(self.first, self.first + self.share, config.micro_batch_size):
-            end = min(start + config.micro_batch_size, self.first + self.share)
-            queries = [config.query_prefix + training.queries[i] for i in chosen[start:end]]
-            texts = passage_texts(training.passages, rows[start:end].ravel())
+        end = self.first + self.share
+        for start in range(self.first, end, config.micro_batch_size):
+            own = slice(start, min(start + config.micro_batch_size, end))
+            queries = [config.query_prefix + training.queries[i] for i in chosen[own]]
+            texts = passage_texts(training.passages, rows[own].ravel())
             passages = [config.passage_prefix + text for text in texts]
-            batch = {
-                "queries": self.tokenize(queries, config.max_query_length),
-                "passages": self.tokenize(passages, config.max_passage_length),
-            }
-            seeds = np.random.SeedSequence([config.seed, step, start]).generate_state(1)
-            micro_batches.append(batch | {"seed": int(seeds[0])})
-        return micro_batches, torch.from_numpy(known)
-
-    def tokenize(self, texts, max_length):
-        """input_ids and attention_mask (b, L) of texts."""
-        options = {"truncation": True, "padding": True, "return_tensors": "pt"}
-        batch = self.tokenizer(texts, max_length=max_length, **options)
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+            batch = {"seed": hash((config.seed, step, start)) % 2**32}  # of dropout
+            options = {"truncation": True, "padding": True, "return_tensors": "pt"}
+            options["max_length"] = config.max_query_length
+            batch["queries"] = dict(self.tokenizer(queries, **options))
+            options["max_length"] = config.max_passage_length
+            batch["passages"] = dict(self.tokenizer(passages, **options))
+            micro_batches.append(batch)
+        return micro_batches, known
 
     def draw(self, i, epoch):
         """The rows of a positive and of n negatives of query i (1+n,), others in each epoch."""
         training, count = self.training, self.config.negatives
         rng = np.random.default_rng([self.config.seed, epoch, i])
-        positive = rng.choice(training.positives[i], 1)
+        positive = rng.choice(training.positives[i])
         pool = training.negatives[i]
-        if len(pool) == 0:  # positives of other queries
-            others = rng.integers(len(training.queries), size=count)
-            pool = [training.positives[other][0] for other in others]
-        negatives = rng.choice(pool, count, replace=len(pool) < count) if count else []
-        return np.concatenate([positive, negatives]).astype(int)
+        if len(pool) == 0:
+            pool = rng.integers(len(training.passages), size=count)  # any passages
+        return np.append(positive, rng.choice(pool, count, replace=len(pool) < count))
 
 
 def contrastive_loss(queries, passages, known, temperature):
@@ -964,14 +865,6 @@ def encode_pair(encoder, batch):
     """Vectors of queries (b, D) and passages (b·(1+n), D); the same dropout at each call."""
     torch.manual_seed(batch["seed"])
     return encoder(batch["queries"]), encoder(batch["passages"])
-
-
-def sum_gradients(parameters):
-    """Add up the gradients of all processes, each of which has that of its own vectors."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = parameters_to_vector(gradients)
-    dist.all_reduce(flat)
-    vector_to_parameters(flat, gradients)
 
 
 def plan_steps(config, num_queries):
@@ -1009,14 +902,11 @@ def finetune(config, device):
     if checkpoint:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    last_step = state.get("step", 0)
-    loader = torch.utils.data.DataLoader(
-        FinetuningSteps(config, encoder.tokenizer, training),
-        batch_size=None,
-        sampler=range(last_step + 1, config.steps + 1),
-        num_workers=config.workers,
-        worker_init_fn=bow_mae.init_worker,
-    )
+    step = last_step = state.get("step", 0)
+    batches = FinetuningSteps(config, encoder.tokenizer, training)
+    options = {"sampler": range(step + 1, config.steps + 1), "num_workers": config.workers}
+    options["worker_init_fn"] = bow_mae.init_worker
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, **options)
 
     # Tell what begins, or goes on.
     steps_per_epoch = len(training.queries) // config.batch_size
@@ -1060,12 +950,13 @@ def finetune(config, device):
             for i, batch in enumerate(micro_batches):
                 pair = encode_pair(encoder, batch) if encodes_again else pairs[i]
                 torch.autograd.backward(pair, (query_gradients[i], passage_gradients[i]))
-            if world_size > 1:
-                sum_gradients(parameters)
+            for parameter in parameters:  # each process has the gradient of its own vectors
+                if world_size > 1 and parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
 
             # Update the weights.
             scaler.unscale_(optimizer)
-            grad_norm = clip_grad_norm_(parameters, 1.0)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             lr = bow_mae.learning_rate(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -1077,15 +968,11 @@ def finetune(config, device):
             # Log the loss of this step, and the rates since the last line.
             saves = step == config.steps or step % config.save_every == 0
             if saves or step % config.log_every == 0:
-                received = {"stops": stop_signal.received > 0}
-                sums = bow_mae.sum_over_processes(counts | received)
-                seconds = time.perf_counter() - start
+                counts["stops"] = stop_signal.received > 0
+                sums = bow_mae.sum_over_processes(counts)
                 record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item()}
                 record |= {"lr": lr, "grad_norm": grad_norm.item()}
-                record["tokens_per_second"] = sums["tokens"] / seconds
-                record["padding_share"] = 1 - sums["tokens"] / sums["padded_tokens"]
-                record["data_wait_share"] = sums["wait_seconds"] / world_size / seconds
-                record["peak_memory_mb"] = bow_mae.peak_memory_mb(device)
+                record |= bow_mae.measure_rates(sums, start, device)
                 bow_mae.check_finite(config, record)
                 bar.set_postfix(loss=record["loss"], epoch=record["epoch"])
                 if rank == 0:
@@ -1098,54 +985,39 @@ def finetune(config, device):
             if (saves or stops) and rank == 0:
                 state = {"step": step, "optimizer": optimizer.state_dict()}
                 state["scaler"] = scaler.state_dict()
+                model = (encoder.lm, encoder.tokenizer, config.max_passage_length)
                 pooling = (encoder.pooling, encoder.similarity)
-                model = (encoder.lm, encoder.tokenizer, config.max_passage_length, *pooling)
-                bow_mae.save_checkpoint(config, state, *model)
+                bow_mae.save_checkpoint(config, state, *model, *pooling)
             if stops:
                 break
             wait_start = time.perf_counter()
 
-    # End.
-    if stops:
-        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
-    elif rank == 0:
-        bow_mae.finish_output(config)
-    dist.barrier()  # at the first exit torchrun ends the others
-    if lock:
-        lock.close()
-    if stops:
-        sys.exit(128 + (stop_signal.received or 15))  # as if by SIGTERM
+    bow_mae.end_run(config, step, stops, stop_signal, lock)
 
 
 # ---- mining
 
 
 def mine(config, device):
-    """Write output/negatives.jsonl: --sample passages of the ranks --depth of each query.
-
-    Left out are the query's own positives, and where it has answers, what holds one of them.
-    """
+    """Write output/negatives.jsonl: highly ranked passages that are not relevant to a query."""
     task, encoder, lock = prepare(config, config.train_split, device)
-    found = retrieve(config, task, encoder, config.depth[1] + 1)
-    if found is not None:
-        hits = ranked_hits(task, *found, config.depth[1])
-        write_negatives(config, task, tqdm(hits, "negatives", len(task.queries), unit="query"))
+    ranked = retrieve(config, task, encoder, config.depth[1])
+    if ranked:
+        write_negatives(config, task, tqdm(ranked, "negatives", len(task.queries), unit="query"))
     dist.barrier()
 
 
 def write_negatives(config, task, ranked):
-    """Choose and write the negatives of (query id, {passage id: score}), best passages first."""
+    """Write --sample passages of the ranks --depth, but for positives and those with an answer."""
     path, num_negatives = Path(config.output, "negatives.jsonl"), 0
     with path.open("w") as file:
         for i, (query_id, hits) in enumerate(ranked):
             grades = task.qrels.get(query_id, {})
-            answers = task.answers.get(query_id, [])
             names = list(hits)[config.depth[0] - 1 :]
             names = [name for name in names if grades.get(name, 0) < 1]
-            if answers and names:
-                texts = task.passages[[task.rows[name] for name in names]]["text"]
-                pairs = zip(names, texts, strict=True)
-                names = [name for name, text in pairs if not has_answer(text or "", answers)]
+            if query_id in task.answers:
+                found = find_answers(task, query_id, names)
+                names = [name for name, has in zip(names, found, strict=True) if not has]
             picks = np.random.default_rng([config.seed, i]).permutation(len(names))
             chosen = [names[pick] for pick in sorted(picks[: config.sample])]
             num_negatives += len(chosen)
@@ -1157,10 +1029,7 @@ def write_negatives(config, task, ranked):
 
 
 def prepare(config, split, device):
-    """The task, the encoder (None for bm25), and the lock on --output, held while in use.
-
-    All that can be refused is refused here.
-    """
+    """Task, encoder (None: bm25) and lock on --output; all that can be refused is refused here."""
     rank = dist.get_rank()
     lock = bow_mae.prepare_output(config) if rank == 0 else None
     encoder = None if config.model == "bm25" else Encoder(config, device)
@@ -1175,66 +1044,61 @@ def prepare(config, split, device):
 
 
 def index_passages(config, device):
-    """Encode the passages of --data, which need no queries, and write their index for `search`."""
+    """Encode the passages of --data, which need no queries, for `search`."""
     if config.model == "bm25":
         raise UserError("--model bm25 has no index to write")
     task, encoder, lock = prepare(config, "", device)
-    write_index(config, encoder, task.passages, build_index(config, encoder, task.passages))
+    build_index(config, encoder, task.passages)
 
 
 def evaluate(config, device):
-    """Retrieve for the queries of --split; write run, metrics and index, return mean metrics."""
+    """Retrieve for the queries of --split; write run and metrics, return mean metrics."""
     other = read_run(config.compare) if config.compare else {}
     task, encoder, lock = prepare(config, config.split, device)
-    found = retrieve(config, task, encoder, config.top_k + 17, writes=True)  # more, for ties
-    if found is None:
+    ranked = retrieve(config, task, encoder, config.top_k)
+    if not ranked:
         return None
-    run = dict(ranked_hits(task, *found, config.top_k))
-    output = Path(config.output)
-    tag = "_".join(Path(config.model).resolve().name.split())
+    run, output = dict(ranked), Path(config.output)
     with (output / "run.trec").open("w") as file:
         for query_id, hits in run.items():
             for rank, (name, score) in enumerate(hits.items(), 1):
-                file.write(f"{query_id} Q0 {name} {rank} {score!r} {tag}\n")
+                file.write(f"{query_id} Q0 {name} {rank} {score!r} bow_mae\n")
     with (output / "qrels.trec").open("w") as file:
         for query_id, grades in task.qrels.items():
             for name, grade in grades.items():
                 file.write(f"{query_id} 0 {name} {grade}\n")
     results = evaluate_run(run, task.qrels, config.relevance_level, config.top_k)
     answered = answer_hits(task, run, config.top_k)
-    with (output / "per_query.jsonl").open("w") as file:
-        for query_id in results | answered:
-            values = results.get(query_id, {}) | answered.get(query_id, {})
-            file.write(json.dumps({"query_id": query_id} | values) + "\n")
-    means = mean(results) | mean(answered)
+    rows = []
+    for query_id in results | answered:
+        values = results.get(query_id, {}) | answered.get(query_id, {})
+        rows.append({"query_id": query_id} | values)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (output / "per_query.jsonl").write_text("".join(lines))
+    means = pd.DataFrame(rows).mean(numeric_only=True).to_dict()
     bow_mae.write_json(output / "metrics.json", means)
-    rows = {name: {"": value} for name, value in means.items()}
-    bow_mae.print_table(rows, [""], config.model)
+    bow_mae.print_table({name: {"": means[name]} for name in means}, [""], config.model)
     if len(results) < len(task.qrels):
         lost = len(task.qrels) - len(results)
         print_once(f"{lost} queries without a relevant passage are left out; trec_eval counts 0")
     if other:
-        others = evaluate_run(other, task.qrels, config.relevance_level, config.top_k)
-        compare(config, results, others)
+        compare(config, results, evaluate_run(other, task.qrels, config.relevance_level))
     return means
 
 
 def compare(config, results, others):
-    """Print the mean difference of each metric from --compare's, with its p-value."""
-    table, theirs = {}, mean(others)
-    for name, value in mean(results).items():
-        differences = np.array([results[query][name] - others[query][name] for query in results])
-        row = {"ours": value, "theirs": theirs[name], "difference": value - theirs[name]}
-        table[name] = row | {"p": permutation_test(differences, config.seed)}
-    bow_mae.print_table(table, ["ours", "theirs", "difference", "p"], "permutation test")
+    """Print by how much the mean of each metric is above that of --compare, with its p-value."""
+    differences = pd.DataFrame(results) - pd.DataFrame(others)  # a column a query
+    table = {}
+    for name, row in differences.dropna().iterrows():
+        p = permutation_test(row.to_numpy(), config.seed)
+        table[name] = {"difference": row.mean(), "p": p}
+    bow_mae.print_table(table, ["difference", "p"], f"against {config.compare}")
     bow_mae.write_json(Path(config.output, "compare.json"), table)
 
 
 def recipe(config, device):
-    """The paper's two stages, each from the pre-trained model, and a table of them.
-
-    Stage 1 has the negatives of BM25, stage 2 those of the model of stage 1.
-    """
+    """The paper's two stages, with negatives of BM25, then of the first stage's model."""
     _, _, lock = prepare(config, config.split, device)
     plan_steps(config, len(load_task(config, config.train_split).queries))
     output, table = Path(config.output), {}
@@ -1253,35 +1117,33 @@ def recipe(config, device):
         bow_mae.write_json(output / "table.json", table)
 
 
-def search(config, device, text):
-    """Print the ten best passages for a text, or for each line of the input, from --output."""
-    folder = Path(config.output, "index")
-    try:
-        saved = json.loads((folder / "index.json").read_text())
-    except OSError as error:
-        raise UserError(f"--output {config.output} has no index: run `index` first") from error
-    config = RetrievalConfig(**saved["config"])
-    encoder = Encoder(config, device)
-    if encoder.fingerprint != saved["encoder"]:
-        raise UserError(f"--output {folder}: {config.model} has changed, run `index` again")
-    passages = datasets.load_from_disk(folder / "passages")
-    indexes = [faiss.read_index(str(path)) for path in sorted(folder.glob("*.faiss"))]
-    for line in [text] if text else sys.stdin:
-        vectors = encoder.encode([config.query_prefix + line.strip()], config.max_query_length)
-        scores, rows = merge_hits([index.search(vectors, 10) for index in indexes])
-        for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
-            if row >= 0:
-                passage = " ".join(passage_texts(passages, [row])[0].split())
-                print(f"{score:8.3f}  {passages[row]['_id']}\n          {passage[:150]}")
+def search(config, device):
+    """Print the ten best passages for a text, of what `index` or `evaluate` left in --output."""
+    output, text = Path(config.output), config.text
+    if not (output / "vectors").is_dir():
+        raise UserError(f"--output {output} has no index: run `index` first")
+    saved = json.loads((output / "run.json").read_text())["config"]
+    config = RetrievalConfig(**saved | {"output": config.output})
+    task, encoder = load_task(config, ""), Encoder(config, device)
+    index = build_index(config, encoder, task.passages)
+    vectors = encoder.encode([config.query_prefix + text], config.max_query_length)
+    found = search_index(index, vectors, 10)
+    if found is None:  # another process prints
+        return
+    scores, rows = found
+    for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
+        if row >= 0:
+            passage = " ".join(passage_texts(task.passages, [row])[0].split())
+            print(f"{score:8.3f}  {task.passages[row]['_id']}\n          {passage[:150]}")
 
 
-def explain(config, device, text):
+def explain(config, device):
     """Print the 20 best terms of a text's [CLS], with those in the text, and the coverage."""
     encoder = Encoder(config, device)
     if encoder.lm.base_model is encoder.lm:
         raise UserError(f"--model {config.model} has no masked-LM head to explain with")
-    tokens = encoder.tokenizer(text, truncation=True, max_length=config.max_passage_length)
-    input_ids = torch.tensor([tokens["input_ids"]], device=device)  # (1, L)
+    options = {"max_length": config.max_passage_length, "return_tensors": "pt"}
+    input_ids = encoder.tokenizer(config.text, truncation=True, **options)["input_ids"].to(device)
     special = bow_mae.special_ids(encoder.tokenizer, encoder.lm.config.vocab_size).to(device)
     with torch.no_grad():
         hidden = encoder.lm.base_model(input_ids).last_hidden_state  # (1, L, D)
@@ -1289,10 +1151,9 @@ def explain(config, device, text):
     terms = bow_mae.bag_of_words(input_ids, special)[0]  # (V,)
     coverage = bow_mae.term_coverage(logits, input_ids, special).item()
     print(f"{coverage:.1%} of the {int(terms.sum())} terms are among as many best terms:")
-    weights, best = logits[0].softmax(0).topk(20)
-    names = encoder.tokenizer.convert_ids_to_tokens(best)
-    for name, weight, term in zip(names, weights.tolist(), best.tolist(), strict=True):
-        print(f"{name!s:<20}{weight:>8.4f}  {'in the text' if terms[term] else ''}")
+    for term in logits[0].topk(20).indices:
+        name = encoder.tokenizer.convert_ids_to_tokens(term.item())
+        print(f"{name!s:<20}{'in the text' if terms[term] else ''}")
 
 
 ENCODER_FLAGS = "model pooling similarity query_prefix passage_prefix max_query_length "
@@ -1309,54 +1170,43 @@ COMMANDS = {
     "index": (index_passages, INDEX_FLAGS),
     "mine": (mine, MINE_FLAGS),
     "finetune": (finetune, FINETUNE_FLAGS),
-    "search": (search, "output"),
-    "explain": (explain, ENCODER_FLAGS),
+    "search": (search, "text output"),
+    "explain": (explain, "text " + ENCODER_FLAGS),
 }
 
 
 def parse_command(argv):
-    """Command, config, text (if the command takes one) and filled-in flags of a command line."""
-    name, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    """The command, its config, and the flags that were filled in, of a command line."""
+    name, *flags = argv if argv and not argv[0].startswith("-") else ["", *argv]
     if name not in COMMANDS:
         raise UserError(f"{name}: the commands are{' '.join(COMMANDS)}, or none for the recipe")
-    texts = []
-    if name in ("search", "explain"):
-        texts = [rest.pop(0) if rest and not rest[0].startswith("-") else ""]
-    if name == "explain" and not texts[0]:
-        raise UserError("explain needs a text, in quotation marks")
-    command, flags = COMMANDS[name]
-    chosen = [flag for flag in fields(RetrievalConfig) if flag.name in flags.split()]
-    kind = make_dataclass("Flags", [(flag.name, flag.type, copy(flag)) for flag in chosen])
-    given = vars(bow_mae.parse_config(rest, kind))
+    command, names = COMMANDS[name]
+    if "text" in names.split() and flags and not flags[0].startswith("-"):
+        flags = ["--text", *flags]
+    own = [field for field in fields(RetrievalConfig) if field.name in names.split()]
+    chosen = [(field.name, field.type, field) for field in own]
+    kind = make_dataclass("Flags", chosen, namespace={"__doc__": command.__doc__})
+    given = vars(bow_mae.parse_config(flags, kind))
     config = RetrievalConfig(**given)
     is_short = config.data == "python-docs" and not config.train_data
     table = SHORT_DEFAULTS if is_short else PAPER_DEFAULTS
-    filled = {flag: table[flag] for flag in table if flag in given and given[flag] is None}
+    filled = {name: table[name] for name in table if name in given and given[name] is None}
     config = replace(config, **filled)
-    check_config(config)
-    return command, config, texts, filled
-
-
-def check_config(config):
-    """UserError for values that no command can use."""
-    from_zero = ("seed", "negatives", "warmup_steps", "workers")
-    for flag, value in vars(config).items():
-        least = 0 if flag in from_zero or isinstance(value, float) else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
-            raise UserError(f"--{flag} {value} must be a finite number, at least {least}")
+    bow_mae.check_numbers(config, {"seed": 0, "negatives": 0, "warmup_steps": 0, "workers": 0})
     if len(config.depth) != 2 or not 1 <= config.depth[0] <= config.depth[1]:
         raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
-    if config.temperature == 0:
-        raise UserError("--temperature 0 would divide by zero")
+    if "text" in given and not config.text:
+        raise UserError(f"{argv[0]} needs a text, in quotation marks")
+    return command, config, filled
 
 
 def run(argv):
     """Run the command of a command line, or the recipe."""
-    command, config, texts, filled = parse_command(argv)
+    command, config, filled = parse_command(argv)
     device = bow_mae.init_distributed()
-    if filled and not texts:
-        print_once(f"not given: {' '.join(f'--{flag} {filled[flag]}' for flag in filled)}")
-    command(config, device, *texts)
+    if filled:
+        print_once(f"not given: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
+    command(config, device)
 
 
 def main(argv=None):

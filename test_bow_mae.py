@@ -659,43 +659,42 @@ def test_the_micro_batches_of_a_step_are_of_like_length(named, tmp_path):
     assert max(lengths) - min(lengths) > 25 and steps != sorted(steps)
 
 
+def stream_of(tokenizer, data, num_shards, micro_batch_size):
+    """A function of a state, which gives the stream of all shards from there on."""
+    sizes = {"batch_size": num_shards * micro_batch_size, "micro_batch_size": micro_batch_size}
+    config = Config(data=str(data), max_length=64, **sizes)
+    files = bow_mae.list_files(config.data)
+    shards = range(num_shards)
+    return lambda state: PretrainingStream(config, tokenizer, files, 0.0, shards, state)
+
+
 @pytest.mark.parametrize("write", [write_text_file, write_parquet])
-def test_a_stream_resumes_at_every_step(write, named, tmp_path):
+def test_a_stream_resumes_at_every_step(write, named, tmp_path, monkeypatch):
     """Bit for bit, of three epochs of a few buffers each, the ends of epochs among them."""
     texts, tokenizer = named
-    data = write_parts(tmp_path / "data", texts[:90], 3, write)
-    config = Config(data=str(data), max_length=64, batch_size=16, micro_batch_size=8)
-    files = bow_mae.list_files(config.data)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bow_mae, "BUFFER_TEXTS", 20)
-        stream = PretrainingStream(config, tokenizer, files, 0.0, range(2), {})
-        batches = list(itertools.islice(stream, 2 * 26))
-        assert batches[-1][0]["position"][0] >= 3
-        for step in range(1, 26):
-            positions = {info["shard"]: info["position"] for info, _ in batches[: 2 * step]}
-            state = {"step": step, "positions": positions}
-            again = PretrainingStream(config, tokenizer, files, 0.0, range(2), state)
-            for (_, one), (_, other) in zip(batches[2 * step :][:2], again, strict=False):
-                assert torch.equal(one["input_ids"], other["input_ids"])
+    monkeypatch.setattr(bow_mae, "BUFFER_TEXTS", 20)
+    stream = stream_of(tokenizer, write_parts(tmp_path / "data", texts[:90], 3, write), 2, 8)
+    batches = list(itertools.islice(stream({}), 2 * 26))
+    assert batches[-1][0]["position"][0] >= 3
+    for step in range(1, 26):
+        positions = {info["shard"]: info["position"] for info, _ in batches[: 2 * step]}
+        again = stream({"step": step, "positions": positions})
+        for (_, one), (_, other) in zip(batches[2 * step :][:2], again, strict=False):
+            assert torch.equal(one["input_ids"], other["input_ids"])
 
 
 @pytest.mark.parametrize("write", [write_text_file, write_parquet, write_saved])
-def test_a_stream_resumes_twice_inside_a_buffer(write, named, tmp_path):
+def test_a_stream_resumes_twice_inside_a_buffer(write, named, tmp_path, monkeypatch):
     """The position that a resumed stream gives is right too."""
     texts, tokenizer = named
-    data = write_parts(tmp_path / "data", texts[:300], 1, write)
-    config = Config(data=str(data), max_length=64, batch_size=2, micro_batch_size=2)
-    files = bow_mae.list_files(config.data)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bow_mae, "BUFFER_TEXTS", 100)
-        stream = PretrainingStream(config, tokenizer, files, 0.0, [0], {})
-        expected = [batch["input_ids"] for _, batch in itertools.islice(stream, 100)]
-        found, state = [], {}
-        for step in (60, 65, 70, 100):
-            stream = PretrainingStream(config, tokenizer, files, 0.0, [0], state)
-            for info, batch in itertools.islice(stream, step - len(found)):
-                found.append(batch["input_ids"])
-                state = {"step": step, "positions": {0: info["position"]}}
+    monkeypatch.setattr(bow_mae, "BUFFER_TEXTS", 100)
+    stream = stream_of(tokenizer, write_parts(tmp_path / "data", texts[:300], 1, write), 1, 2)
+    expected = [batch["input_ids"] for _, batch in itertools.islice(stream({}), 100)]
+    found, state = [], {}
+    for step in (60, 65, 70, 100):
+        for info, batch in itertools.islice(stream(state), step - len(found)):
+            found.append(batch["input_ids"])
+            state = {"step": step, "positions": {0: info["position"]}}
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -1581,10 +1580,17 @@ def test_a_bug_of_ours_keeps_its_traceback(workplace):
     assert ended.returncode == 1 and "TypeError: 'NoneType' object is not callable" in ended.stderr
 
 
-def test_rank_without_the_rest_of_torchrun_gives_one_line(corpus, tmp_path):
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK is set but LOCAL_RANK is not"),
+        ({"WORLD_SIZE": "3"}, "WORLD_SIZE is set but RANK is not"),  # --batch_size is not to blame
+    ],
+)
+def test_a_part_of_what_torchrun_sets_gives_one_line(given, message, corpus, tmp_path):
+    environment = os.environ | given
     ended = start("--data", corpus, "--output", tmp_path / "out", env=environment)
-    assert ended.returncode == 2 and "RANK is set but LOCAL_RANK is not" in ended.stderr
+    assert ended.returncode == 2 and message in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -1782,7 +1788,6 @@ def test_missing_queries_score_0_and_those_without_a_relevant_passage_are_left_o
     qrels = {"1": {"a": 1}, "2": {"a": 1}, "3": {"a": 0}, "4": {}}
     found = evaluate_run({"1": {"a": 1.0}, "3": {"a": 1.0}, "5": {"a": 1.0}}, qrels)
     assert found.keys() == {"1", "2"} and set(found["2"].values()) == {0}
-    assert eval_retrieval.mean(found)["MRR@10"] == 1 / 2
 
 
 def test_at_relevance_level_2_only_ndcg_sees_grade_1():
@@ -1799,8 +1804,8 @@ def test_answers_are_sought_word_for_word_as_dpr_does():
     no = ["arm", "5 $", "", " ", "Neil walked"]
     assert all(eval_retrieval.has_answer(text, [answer]) for answer in yes)
     assert not any(eval_retrieval.has_answer(text, [answer]) for answer in no)
-    tokens = eval_retrieval.answer_tokens("L'\u00c9t\u00e9 3.5%")
-    assert tokens == ["l", "'", "e\u0301te\u0301", "3", ".", "5", "%"]
+    words = eval_retrieval.answer_words("L'\u00c9t\u00e9 3.5%")
+    assert words == " l ' e\u0301te\u0301 3 . 5 % "
 
 
 def test_the_permutation_test_agrees_with_all_signs():
@@ -1826,8 +1831,8 @@ def test_bm25_is_the_sum_of_the_textbook():
             idf = math.log(1 + (5 - n + 0.5) / (n + 0.5))
             score += idf * count / (count + 0.9 * (1 - 0.4 + 0.4 * len(document) / (12 / 5)))
         expected.append(score)
-    assert rows.tolist() == [[0, 3, 1, -1, -1], [-1] * 5]
-    assert scores[0, :3] == pytest.approx([expected[row] for row in rows[0, :3]])
+    assert [list(own) for own in rows] == [[0, 3, 1], []]
+    assert scores[0] == pytest.approx([expected[row] for row in rows[0]])
 
 
 @pytest.mark.parametrize(
@@ -1861,7 +1866,8 @@ def test_files_are_read_by_content_not_by_name(tmp_path):
         (tmp_path / f"{i}.tsv.gz").write_bytes(gzip.compress(text.encode()))
         assert records_of(tmp_path / f"{i}.json") == records_of(tmp_path / f"{i}.tsv.gz") == rows
     (tmp_path / "g").write_text("\na\tb \r c\n\nd\t\n")
-    assert records_of(tmp_path / "g") == [["a", "b \r c"], ["d", ""]]
+    fields = [record["fields"] for record in records_of(tmp_path / "g")]
+    assert fields == [["a", "b \r c"], ["d", ""]]
 
 
 @pytest.mark.parametrize("title", ["", "ba ke\t"])
@@ -1884,7 +1890,7 @@ def test_dpr_files(tmp_path):
     (tmp_path / "nq-test.qa.csv").write_text("who is it\t['b c', \"it's\"]\nwhat\t['d']\n")
     task = load(tmp_path)
     assert eval_retrieval.passage_texts(task.passages, [0, 1]) == ['T a "b" c', "U V d"]
-    assert task.queries == {"question:0": "who is it", "question:1": "what"} and not task.qrels
+    assert task.queries == {"question:1": "who is it", "question:2": "what"} and not task.qrels
     assert [*task.answers.values()] == [["b c", "it's"], ["d"]]
     output = tmp_path / "out"
     retrieval("evaluate", "--model", "bm25", "--data", tmp_path, "--output", output, "--top_k", 20)
@@ -1925,7 +1931,7 @@ def test_missing_passages_stay_judged_and_missing_queries_are_left_out(tmp_path,
     retrieval("evaluate", "--model", "bm25", "--data", data, "--output", tmp_path / "out")
     assert read_json(tmp_path, "out/metrics.json")["Recall@100"] == 1 / 2
     told = capfd.readouterr().out
-    assert "1 relevant passages are missing, the first is 'gone'" in told
+    assert "1 judged passages are missing, the first is 'gone'" in told
     assert "1 queries are missing, the first is 'nobody'" in told
 
 
@@ -1943,26 +1949,26 @@ def test_a_passage_with_the_id_of_its_query_is_dropped_unless_judged_relevant(tm
 
 
 CHANGES = {  # file, what is added to it, what the message must say
-    "split": ("queries.jsonl", "", "no qrels of dev; its qrels are ['test.tsv', 'train.tsv']"),
+    "split": ("queries.jsonl", "", "no qrels of dev"),
     "passage twice": ("corpus.jsonl", '{"_id": "d4", "text": ""}', "passage id 'd4' occurs twice"),
     "query twice": ("queries.jsonl", '{"_id": "q4", "text": ""}', "line 71: query q4 occurs twice"),
     "malformed passage": ("corpus.jsonl", "{", "corpus.jsonl, line 71"),
     "no object": ("queries.jsonl", "[1]", "queries.jsonl, line 71"),
-    "passage without id": ("corpus.jsonl", '{"text": "ba"}', "corpus.jsonl, line 71: an id"),
+    "passage without id": ("corpus.jsonl", '{"text": "ba"}', "the id '' is empty"),
     "passage without text": (
         "corpus.jsonl",
         '{"_id": "a", "contents": "b"}',
-        "71: a passage needs a",
+        "corpus.jsonl, line 71: no text",
     ),
-    "text is a number": ("corpus.jsonl", '{"_id": "a", "text": 7}', "line 71: text is no text"),
+    "text is a list": ("corpus.jsonl", '{"_id": "a", "text": ["b"]}', "line 71: text is no text"),
     "passage id with a space": (
         "corpus.jsonl",
         '{"_id": "a b", "text": ""}',
-        "line 71: an id without white",
+        "the id 'a b' is empty or has white space",
     ),
-    "query id with a space": ("queries.jsonl", '{"_id": "a b", "text": ""}', "line 71: an id"),
-    "judged id with a space": ("qrels/test.tsv", "q1\ta b\t1", "test.tsv, line 32: an id"),
-    "grade": ("qrels/test.tsv", "q1\td1\t0.7", "test.tsv, line 32: the grade '0.7' is no integer"),
+    "query id with a space": ("queries.jsonl", '{"_id": "a b", "text": "ba"}', "the id 'a b' is"),
+    "judged id with a space": ("qrels/test.tsv", "q1\ta b\t1", "the id 'a b' is empty or"),
+    "grade": ("qrels/test.tsv", "q1\td1\t0.7", "test.tsv, line 32: the grade 0.7 is no integer"),
     "two grades": ("qrels/test.tsv", "q41\td41\t0", "line 32: q41 d41 has another grade"),
     "fields": ("qrels/test.tsv", "q1\td1", "test.tsv, line 32: expected query-id"),
 }
@@ -2013,7 +2019,8 @@ def test_vectors_are_those_of_a_plain_loop(has_head, pooling, similarity, tmp_pa
 @pytest.mark.parametrize(
     "pooling, expected",
     [
-        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
         ({"pooling_mode": "mean"}, "mean"),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls+mean"),
     ],
@@ -2038,10 +2045,10 @@ def test_an_evaluation_is_that_of_a_plain_loop(evaluated, model, beir):
     lines = [line.split() for line in (evaluated / "run.trec").read_text().splitlines()]
     assert [int(line[3]) for line in lines] == [*range(1, 71)] * 30
     qrels = eval_retrieval.collect_qrels(eval_retrieval.read_file(evaluated / "qrels.trec"))
-    means = eval_retrieval.mean(evaluate_run(found, qrels))
-    assert read_json(evaluated, "metrics.json") == means
     rows = [json.loads(line) for line in (evaluated / "per_query.jsonl").open()]
-    assert np.mean([row["MRR@10"] for row in rows]) == pytest.approx(means["MRR@10"])
+    assert {row.pop("query_id"): row for row in rows} == evaluate_run(found, qrels)
+    means = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+    assert read_json(evaluated, "metrics.json") == pytest.approx(means)
 
 
 def test_prefixes_stand_before_queries_and_passages(model, beir, tmp_path):
@@ -2080,10 +2087,12 @@ def test_finished_vectors_are_used_again(evaluated, model, beir, tmp_path, monke
 
 # ---- search
 
+# They end as our scripts do: threads of gloo would abort some exits of Python.
 TWO_PROCESSES = """
-import sys, eval_retrieval
+import os, sys, eval_retrieval
 eval_retrieval.CHUNK_SIZE = 16
 eval_retrieval.main(sys.argv[1:])
+os._exit(0)
 """
 
 
@@ -2092,7 +2101,6 @@ def test_two_processes_give_the_run_file_of_one(evaluated, model, beir, tmp_path
     flags = ["--model", model, "--data", beir, "--output", tmp_path / "out", "--precision", "fp32"]
     torchrun_retrieval(tmp_path / "script.py", "evaluate", *flags)
     assert (tmp_path / "out/run.trec").read_bytes() == (evaluated / "run.trec").read_bytes()
-    assert len(list((tmp_path / "out/index").glob("*.faiss"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -2118,27 +2126,30 @@ def test_an_index_that_cannot_serve_is_refused_before_encoding(index, model, bei
 
 
 def test_a_corpus_alone_is_indexed_and_searched_with_output_alone(model, tmp_path, capfd):
-    """The data and the flags are those of the index, whatever has become of the file."""
+    """Data and flags are those of the index; nothing is encoded again but the question."""
     write_lines(tmp_path / "data/corpus.jsonl", PASSAGES)
     flags = ["--model", model, "--data", tmp_path / "data", "--similarity", "cos"]
     retrieval("index", *flags, "--output", tmp_path / "out")
-    (tmp_path / "data/corpus.jsonl").unlink()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/vectors/*/*/*")}
     capfd.readouterr()
     retrieval("search", PASSAGES[50]["text"], "--output", tmp_path / "out")
     lines = capfd.readouterr().out.splitlines()[1:]  # the first tells of the model
     scores = [float(line.split()[0]) for line in lines[::2]]
     assert len(lines) == 20 and scores == sorted(scores, reverse=True) and scores[0] < 1.01
     assert lines[0].split()[1] == "d50" and PASSAGES[50]["text"] in lines[1]
+    assert len(files) == 5 and all(path.stat().st_mtime_ns == files[path] for path in files)
 
 
-def test_search_refuses_a_changed_model_and_no_index(model, beir, tmp_path, capfd):
+def test_search_after_a_change_of_the_model_encodes_again(model, beir, tmp_path, capfd):
     shutil.copytree(model, tmp_path / "model")
     flags = ["--model", tmp_path / "model", "--data", beir, "--output", tmp_path / "out"]
     assert "has no index" in retrieval_error(capfd, "search", "ba", "--output", tmp_path / "out")
     retrieval("index", *flags)
+    before = list(tmp_path.glob("out/vectors/*/*/*"))
     write_model(tmp_path / "other", similarity="cos")
     shutil.copytree(tmp_path / "other", tmp_path / "model", dirs_exist_ok=True)
-    assert "has changed" in retrieval_error(capfd, "search", "ba", "--output", tmp_path / "out")
+    retrieval("search", "ba", "--output", tmp_path / "out")
+    assert not {*before} & {*tmp_path.glob("out/vectors/*/*/*")}
 
 
 def test_compare_with_the_same_run_and_with_its_reverse(evaluated, beir, tmp_path):
@@ -2209,13 +2220,13 @@ def test_the_loss_is_that_of_a_loop_without_known_positives():
 
 def keep_gradients(monkeypatch):
     """A list that gets the gradients of each step of a fine-tuning, before they are clipped."""
-    kept, clip = [], eval_retrieval.clip_grad_norm_
+    kept, clip = [], torch.nn.utils.clip_grad_norm_
 
     def clip_and_keep(parameters, norm):
         kept.append([parameter.grad.clone() for parameter in parameters])
         return clip(parameters, norm)
 
-    monkeypatch.setattr(eval_retrieval, "clip_grad_norm_", clip_and_keep)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_keep)
     return kept
 
 
@@ -2240,13 +2251,14 @@ def test_cached_gradients_are_those_of_one_big_batch(finetuned, tmp_path, monkey
 
 
 KEEP_GRADIENTS = """
-import sys, torch, eval_retrieval
-clip = eval_retrieval.clip_grad_norm_
+import os, sys, torch, eval_retrieval
+clip = torch.nn.utils.clip_grad_norm_
 def clip_and_keep(parameters, norm):
     torch.save([parameter.grad for parameter in parameters], sys.argv[1])
     return clip(parameters, norm)
-eval_retrieval.clip_grad_norm_ = clip_and_keep
+torch.nn.utils.clip_grad_norm_ = clip_and_keep
 eval_retrieval.main(sys.argv[2:])
+os._exit(0)
 """
 
 
@@ -2280,8 +2292,8 @@ def test_a_single_micro_batch_is_encoded_once(
 
 
 def make_steps(config, training):
-    """The steps of a training set, with a tokenizer that is not used."""
-    return eval_retrieval.FinetuningSteps(config, None, training)
+    """The steps of a training set, with a tokenizer that only keeps the texts."""
+    return eval_retrieval.FinetuningSteps(config, lambda texts, **_: {"texts": texts}, training)
 
 
 def training_set(positives, negatives, identity):
@@ -2298,24 +2310,22 @@ def test_known_positives_are_masked_by_identity(monkeypatch):
     config = RetrievalConfig(batch_size=3, micro_batch_size=3, negatives=1, max_passage_length=8)
     steps = make_steps(config, training)
     steps.epoch, steps.order = 0, np.array([0, 1, 2])
-    monkeypatch.setattr(steps, "tokenize", lambda texts, length: texts)
     monkeypatch.setattr(steps, "draw", lambda i, epoch: np.array([[0, 3], [5, 4], [2, 4]][i]))
     (batch,), known = steps[1]
-    assert batch["passages"] == ["p0", "p3", "p5", "p4", "p2", "p4"]
+    assert batch["passages"]["texts"] == ["p0", "p3", "p5", "p4", "p2", "p4"]
     expected = torch.zeros(3, 6, dtype=torch.bool)
     expected[0, 2] = True  # of query 0; passage 0 is no known positive of query 1
     assert known.equal(expected)
 
 
-def test_an_epoch_has_each_query_once_with_new_negatives(finetuned, monkeypatch):
+def test_an_epoch_has_each_query_once_with_new_negatives(finetuned):
     config = eval_retrieval.parse_command(list(map(str, finetuned[0])))[1]
     training = eval_retrieval.load_training_set(config)
     steps = make_steps(config, training)
-    monkeypatch.setattr(steps, "tokenize", lambda texts, length: texts)
     epochs = []
     for first in (1, 6):
         batches = [batch for step in range(first, first + 5) for batch in steps[step][0]]
-        epochs.append([query for batch in batches for query in batch["queries"]])
+        epochs.append([query for batch in batches for query in batch["queries"]["texts"]])
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(training.queries)
     assert epochs[0] != epochs[1]
     first, second, again = (steps.draw(7, epoch) for epoch in (0, 1, 0))
@@ -2323,7 +2333,7 @@ def test_an_epoch_has_each_query_once_with_new_negatives(finetuned, monkeypatch)
     assert first[0] == 7 and set(first[1:]) <= set(training.negatives[7])
 
 
-def test_without_hard_negatives_the_positives_of_other_queries_serve():
+def test_without_hard_negatives_any_passages_serve():
     training = training_set([[0], [1], [2]], [[], [], []], range(3))
     steps = make_steps(RetrievalConfig(batch_size=3, micro_batch_size=3, negatives=5), training)
     rows = np.stack([steps.draw(0, epoch) for epoch in range(9)])
@@ -2387,6 +2397,16 @@ def test_training_files_of_tevatron_and_dpr_are_joined_by_question(tmp_path, cap
     assert "1 queries have no positive" in capfd.readouterr().out
 
 
+def test_equal_questions_of_a_training_file_with_ids_of_their_own_stay_apart(tmp_path):
+    rows = []
+    for i in range(3):
+        passages = {"positive_passages": [{"docid": str(i), "text": f"ba {i}"}]}
+        rows.append({"query_id": str(i), "query": "ke"} | passages)
+    data = write_lines(tmp_path / "train.jsonl", rows)
+    training = load_training(tmp_path, train_data=[str(data)])
+    assert training.queries == ["ke"] * 3 and [*map(len, training.positives)] == [1] * 3
+
+
 def test_nq_joins_its_own_negatives_with_mined_ones(tmp_path):
     """Passages that hold an answer are not mined; a question is the same in both."""
     passages = [{"_id": f"{i}", "text": f"ba ke {i}"} for i in range(9)]
@@ -2406,10 +2426,11 @@ def test_nq_joins_its_own_negatives_with_mined_ones(tmp_path):
 
 
 @pytest.mark.parametrize("has_head", [True, False])
-def test_a_fine_tuned_folder_opens_again_with_the_same_vectors(has_head, beir, tmp_path):
+def test_a_fine_tuned_folder_opens_again_with_the_same_vectors(has_head, beir, tmp_path, capfd):
     source = write_model(tmp_path / "model", has_head, "mean", "cos")
     flags = ["--model", source, "--data", beir, "--output", tmp_path / "out"]
     retrieval("finetune", *STEPS, "--steps", 2, *flags)
+    assert f"model saved in {tmp_path / 'out'}" in capfd.readouterr().out
     texts = short_texts(9, seed=5)
     config = RetrievalConfig(model=str(tmp_path / "out"), max_passage_length=32, precision="fp32")
     encoder = eval_retrieval.Encoder(config, torch.device("cpu"))
@@ -2492,6 +2513,7 @@ BAD_COMMANDS = {  # what the message must say
     "evalute": "evalute: the commands are evaluate index",
     "evaluate ba": "ba",
     "explain": "explain needs a text",
+    "search": "search needs a text",
     "evaluate --lr 1": "--lr",
     "evaluate --model nowhere": "nowhere",
     "evaluate --data nobody/nothing --model bm25": "nobody/nothing",
@@ -2500,11 +2522,10 @@ BAD_COMMANDS = {  # what the message must say
     "evaluate --compare bad.trec": "bad.trec, line 1: expected qid Q0 docid rank score tag",
     "evaluate --top_k 0": "--top_k 0 must be a finite number, at least 1",
     "mine --depth 5 2": "--depth needs two ranks",
-    "finetune --temperature 0": "--temperature 0",
     "finetune --batch_size 64": "--batch_size 64",
     "finetune --negatives_file gone.jsonl": "gone.jsonl",
     "finetune --negatives_file unknown.jsonl": "unknown.jsonl, line 1: query q69",
-    "finetune --negatives_file missing.jsonl": "missing.jsonl, line 1: passage d999",
+    "finetune --negatives_file missing.jsonl": "line 1: query q1 or passages ['d999'] are not in",
     "finetune --train_data bad.jsonl": "bad.jsonl, line 2: give a query",
 }
 
@@ -2517,7 +2538,7 @@ def test_a_bad_command_gives_one_line(line, message, beir, model, tmp_path, monk
     write_lines(Path("missing.jsonl"), [{"query_id": "q1", "negatives": ["d999"]}])
     write_lines(Path("bad.jsonl"), [{"query": "ba", "positive_passages": []}, {"query": "ba"}])
     command, *flags = line.split()
-    given = {"--model": model, "--data": beir, "--output": "out"} if command != "explain" else {}
+    given = {"--model": model, "--data": beir, "--output": "out"} if len(line) > 7 else {}
     given = [word for flag in given.items() if flag[0] not in flags for word in flag]
     assert message in retrieval_error(capfd, command, *flags, *given)
 
