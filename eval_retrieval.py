@@ -178,7 +178,7 @@ def read_file(path):
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.startswith("id\ttext\ttitle"):  # DPR's header
                     yield f"{path}, line {number}", parse_line(line, number, path.name)
-    except (ValueError, SyntaxError, EOFError, csv.Error, zlib.error) as error:
+    except (ValueError, SyntaxError, RecursionError, EOFError, csv.Error, zlib.error) as error:
         raise UserError(f"{path}, line {number}: {error}") from error
 
 
@@ -699,6 +699,8 @@ def read_run(path):
             run[query_id][passage_id] = float(score)
         except (KeyError, ValueError) as error:
             raise UserError(f"{where}: expected qid Q0 docid rank score tag") from error
+    if not run:
+        raise UserError(f"{path} is empty")
     return dict(run)
 
 
@@ -1082,12 +1084,16 @@ def evaluate(config, device):
         lost = len(task.qrels) - len(results)
         print_once(f"{lost} queries without a relevant passage are left out; trec_eval counts 0")
     if other:
-        compare(config, results, evaluate_run(other, task.qrels, config.relevance_level))
+        compare(config, task, results, other)
     return means
 
 
-def compare(config, results, others):
+def compare(config, task, results, other):
     """Print by how much the mean of each metric is above that of --compare, with its p-value."""
+    num_missing = len(results.keys() - other.keys())
+    if num_missing:
+        print_once(f"warning: {num_missing} queries are not in {config.compare} and count 0 there")
+    others = evaluate_run(other, task.qrels, config.relevance_level)
     differences = pd.DataFrame(results) - pd.DataFrame(others)  # a column a query
     table = {}
     for name, row in differences.dropna().iterrows():
