@@ -44,6 +44,7 @@ from typing import Literal
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet
 import torch
 import torch.distributed as dist
@@ -259,10 +260,10 @@ class BowMAE(nn.Module):
         flat_ids, flat_hidden = original_ids.flatten(), hidden.flatten(0, 1)  # (B·L,), (B·L, D)
         logits = mlm_head(self.lm, flat_hidden[masked_positions]).float()  # (M, V)
         losses = {"mlm_loss": F.cross_entropy(logits, flat_ids[masked_positions])}
-        if self.objective == "bow":
+        if self.objective == "bow" or not self.training:  # it is measured for all objectives
             cls_logits = mlm_head(self.lm, hidden[:, 0])  # (B, V)
             losses["bow_loss"] = bow_loss(cls_logits, original_ids, self.special)
-        if self.objective == "enhanced":
+        if self.objective == "enhanced" and self.training:
             embeddings = self.lm.get_input_embeddings()(original_ids)  # (B, L, D)
             decoded = self.decoder(hidden[:, 0], embeddings, attention_mask)  # (B, L, D)
             logits = mlm_head(self.lm, decoded.flatten(0, 1)[word_positions]).float()  # (N, V)
@@ -363,20 +364,14 @@ def list_files(data):
         found = [file for file in found if not runs & {*file.parents}]
         files = [file for file in found if not OTHER_FILES.search(str(file.relative_to(path)))]
         if len(files) < len(found):
-            left_out = min(set(found) - set(files))
             count = len(found) - len(files)
-            print_once(
-                f"note: {count} hidden, test or validation files are left out: {left_out} ..."
-            )
+            print_once(f"note: {count} hidden, test or validation files are left out")
     elif not files and (is_path(data) or glob.has_magic(data)):
-        files = (
-            [path] if path.is_file() else [Path(name) for name in glob.glob(data, recursive=True)]
-        )
+        names = [data] if path.is_file() else glob.glob(data, recursive=True)
+        files = [Path(name) for name in names]
     elif not files:
         return []
     files = [file for file in files if file.is_file() and file.stat().st_size]
-    if all(file.suffix == ".parquet" for file in files):
-        files = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows]
     formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
     if formats not in FORMATS:
         known = f"{' '.join(FORMATS)} (all but the last also .gz)"
@@ -388,57 +383,54 @@ def list_pieces(files):
     """What shards can read apart, as (file, row group) of .parquet and (file, None) of others."""
     pieces = []
     for file in files:
-        row_groups = [None]
-        if file_format(file) == ".parquet":
-            row_groups = range(pyarrow.parquet.read_metadata(file).num_row_groups)
-        pieces += [(file, row_group) for row_group in row_groups]
+        if file_format(file) != ".parquet":
+            pieces.append((file, None))
+            continue
+        parquet = pyarrow.parquet.read_metadata(file)
+        row_groups = range(parquet.num_row_groups)
+        pieces += [(file, i) for i in row_groups if parquet.row_group(i).num_rows]
     return pieces
 
 
-def parse_record(line, kind):
-    """The record of a line of bytes of a .txt, .tsv or JSON lines file, or of a row of others."""
-    if kind == ".parquet":
-        return line
-    if kind == ".csv":
-        if None in line:
-            raise ValueError("more fields than the header names")
-        return line
+def parse_line(line, kind):
+    """The record of a line of bytes of a .txt, .tsv (an _id and a text) or JSON lines file."""
     text = line.decode("utf-8-sig").rstrip("\r\n")
-    if kind == ".txt":
-        return {"text": text}
     if kind == ".tsv":
-        passage_id, tab, text = text.partition("\t")
+        _, tab, text = text.partition("\t")
         if not tab:
             raise ValueError("no tab between an _id and a text")
-        return {"_id": passage_id, "text": text}
-    if text.lstrip().startswith("["):
-        raise ValueError("an array, not an object a line: convert it to JSON lines")
-    record = json.loads(text)
-    if not isinstance(record, dict):
-        raise ValueError("not an object {...}")
-    return record
+    if kind in (".tsv", ".txt"):
+        return {"text": text}
+    if not text.lstrip().startswith("{"):
+        raise ValueError("not one object {...} a line: convert it to JSON lines")
+    return json.loads(text)
 
 
 def read_records(file, row_group=None, first=0, stride=1, columns=None):
     """Yield (line number, record) of every stride-th record of a local file, from the first on.
 
-    A .tsv holds an _id and a text; of .parquet a row group is read, and perhaps not all columns.
-    UserError names file and line of what cannot be read.
+    Of .parquet a row group is read, and perhaps not all columns. UserError names file and line of
+    what cannot be read.
     """
     number, kind = 0, file_format(file)
     csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
     try:
         with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
-            numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-            if kind == ".csv":
-                rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
-                numbered = ((rows.line_num, row) for row in rows)
             if kind == ".parquet":
                 options = {"row_groups": [row_group], "columns": columns}
-                batches = pyarrow.parquet.ParquetFile(file).iter_batches(1000, **options)
-                numbered = enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-            for number, line in itertools.islice(numbered, first, None, stride):
-                yield number, parse_record(line, kind)
+                batches = pyarrow.parquet.ParquetFile(lines).iter_batches(1000, **options)
+                records = enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            elif kind == ".csv":
+                rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
+                records = ((rows.line_num, row) for row in rows)
+            else:
+                records = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+            for number, record in itertools.islice(records, first, None, stride):
+                if isinstance(record, bytes):
+                    record = parse_line(record, kind)
+                if None in record:
+                    raise ValueError("more fields than the header names")
+                yield number, record
     except (ValueError, TypeError, EOFError, OSError, csv.Error, zlib.error) as error:
         place = "after line" if kind == ".csv" else "line"
         raise UserError(f"{file}, {place} {number}: {error}") from error
@@ -474,7 +466,7 @@ def read_texts(config, stream):
         yield join_columns(record, list(record), f"--data {config.data}")
 
 
-def open_tables(config, num_shards):
+def open_dataset(config, num_shards):
     """All of --data as a stream, where it is a saved dataset, on the hub, or python-docs."""
     name, subset, split = (config.data.split(":") + ["", ""])[:3]
     if name != "python-docs" and not Path(name).is_dir():
@@ -488,36 +480,35 @@ def open_stream(config, files, shard=0, num_shards=1, epoch=None):
     """The records of one shard of --data, as a stream of `datasets`, to be read by `read_texts`.
 
     A shard reads files, row groups or rows of its own where there are enough of them; else it
-    reads all, and keeps one record in num_shards. UserError if --data lacks a column.
-
-    Each epoch has another order of local files and their row groups. It is drawn here, as neither
-    `reshard` nor a `shuffle` that resumes at the same text is in every version of `datasets`.
+    reads all, and keeps one record in num_shards. Each epoch has another order of local files and
+    row groups. It is drawn here, as neither `reshard` nor a `shuffle` that resumes at the same text
+    is in every version of `datasets`.
     """
     columns = tuple(config.text_columns)  # a list would be taken for shards
-    pieces = list_pieces(files)
-    if pieces:
-        records = itertools.chain.from_iterable(itertools.starmap(read_records, pieces))
-        found = sorted({name for _, record in itertools.islice(records, 100) for name in record})
-    else:
-        try:
-            stream = open_tables(config, num_shards)
-            found = stream.column_names or sorted(next(iter(stream)))
-        except (ValueError, KeyError, IndexError) as error:
-            raise UserError(f"--data {config.data}: {short_reason(error)}") from error
+    try:
+        if files:
+            pieces = list_pieces(files)
+            records = itertools.chain.from_iterable(itertools.starmap(read_records, pieces))
+            found = {name for _, record in itertools.islice(records, 100) for name in record}
+        else:
+            stream = open_dataset(config, num_shards)
+            found = stream.column_names or next(iter(stream))
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"--data {config.data}: {short_reason(error)}") from error
     if not set(columns) <= set(found):
-        raise UserError(f"--data {config.data} has the columns {found}, not {' '.join(columns)}")
-    if pieces:
-        if epoch is not None:
-            np.random.default_rng([config.seed, epoch]).shuffle(pieces)
-        own = {"pieces": pieces, "first": shard, "stride": num_shards}
-        if len(pieces) >= num_shards:
-            own = {"pieces": pieces[shard::num_shards], "first": 0, "stride": 1}
-        arguments = {"columns": columns} | own
-        return datasets.IterableDataset.from_generator(read_pieces, gen_kwargs=arguments)
-    stream = stream.select_columns(config.text_columns)
-    if stream.num_shards >= num_shards:
-        return stream.shard(num_shards, shard)
-    return split_dataset_by_node(stream, shard, num_shards)
+        message = f"--data {config.data} has the columns {sorted(found)}, not {' '.join(columns)}"
+        raise UserError(message)
+    if not files:
+        stream = stream.select_columns(config.text_columns)
+        if stream.num_shards >= num_shards:
+            return stream.shard(num_shards, shard)
+        return split_dataset_by_node(stream, shard, num_shards)
+    if epoch is not None:
+        np.random.default_rng([config.seed, epoch]).shuffle(pieces)
+    if len(pieces) >= num_shards:
+        pieces, shard, num_shards = pieces[shard::num_shards], 0, 1
+    arguments = {"pieces": pieces, "columns": columns, "first": shard, "stride": num_shards}
+    return datasets.IterableDataset.from_generator(read_pieces, gen_kwargs=arguments)
 
 
 def sample_texts(config, files):
@@ -531,8 +522,6 @@ def sample_texts(config, files):
         num_characters += len(text)
         if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
             break
-    if "" in texts:
-        print_once(f"note: {texts.count('')} of the first {len(texts)} texts are empty: skipped")
     if len(texts) < 100:
         print_once(f"note: nothing is held out for evaluation, as there are {len(texts)} texts")
         return texts, 0.0
@@ -696,10 +685,7 @@ def make_loader(config, tokenizer, files, held_out_share, state):
         batches = math.ceil(sequences / config.micro_batch_size)
         options["prefetch_factor"] = 2 * batches * share // num_workers
     for info, arrays in torch.utils.data.DataLoader(stream, batch_size=None, **options):
-        batch = BatchEncoding()
-        for name, array in arrays.items():
-            batch[name] = None if array is None else torch.from_numpy(array)
-        yield info, batch
+        yield info, BatchEncoding(torch.utils.data.default_convert(arrays))
 
 
 # ---- tokenizer and model
@@ -764,12 +750,11 @@ def load_tokenizer(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
-    if not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token):
-        raise UserError(f"--model {source}: its tokenizer is not fast, or lacks [MASK] or [PAD]")
-    if tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
-        raise UserError(f"--model {source}: its tokenizer puts no [CLS] before a text")
-    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
-        raise UserError(f"--model {source}: the ids of its tokenizer have gaps")
+    unfit = not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token)
+    unfit = unfit or tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id
+    if unfit or max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        reasons = "is not fast, lacks [MASK] or [PAD], puts no [CLS] first, or its ids have gaps"
+        raise UserError(f"--model {source}: its tokenizer {reasons}")
     return tokenizer
 
 
@@ -782,16 +767,14 @@ def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
     options = {"dtype": torch.float32, "output_loading_info": True}
     try:
         lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
-        if report["missing_keys"]:
-            raise ValueError(f"it lacks {min(report['missing_keys'])}")
         input_ids = torch.full((1, max_length), len(tokenizer) - 1)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (1, L, V)
             torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
         logits.sum().backward()
-        for name, weight in lm.named_parameters():
-            if weight.grad is None:
-                raise ValueError(f"{name} gets no gradient")
+        unused = [name for name, weight in lm.named_parameters() if weight.grad is None]
+        for name in [*report["missing_keys"], *unused]:
+            raise ValueError(f"{name} is missing or gets no gradient")
     except Exception as error:  # whatever a model that is not meant for this raises
         raise UserError(
             f"{source} is damaged, or no masked LM of BERT, RoBERTa, DistilBERT or ModernBERT for "
@@ -830,12 +813,8 @@ def prepare_output(config):
     """Make --output and lock it, for as long as the file that is returned stays open."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    run = output / "run.json"
-    if run.exists():
-        is_ours = json.loads(run.read_text()).get("config", {}).keys() == asdict(config).keys()
-    else:
-        is_ours = {path.name for path in output.iterdir()} <= {".lock"}
-    if not is_ours:
+    names = {path.name for path in output.iterdir()} - {".lock"}
+    if names and "run.json" not in names:
         raise UserError(f"--output {output} holds other files: give another folder")
     lock = (output / ".lock").open("a+")
     try:
@@ -886,19 +865,19 @@ def write_model(folder, lm, tokenizer, max_length, pooling="cls", similarity="do
         kind = f"sentence_transformers.models.{name}"
         entries.append({"idx": index, "name": str(index), "path": path, "type": kind})
         (folder / path).mkdir(exist_ok=True)
-    write_json(folder / "modules.json", entries)
     # Every mode is written out, as some versions take a missing one for true.
     modes = "cls_token max_tokens mean_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken"
     chosen = {"cls": "cls_token", "mean": "mean_tokens"}[pooling]
-    content = {f"pooling_mode_{mode}": mode == chosen for mode in modes.split()}
-    content["word_embedding_dimension"] = lm.config.hidden_size
-    write_json(folder / "1_Pooling" / "config.json", content)
-    score = {"dot": "dot", "cos": "cosine"}[similarity]
-    write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": score})
-    content = {"max_seq_length": max_length, "do_lower_case": False}
+    pooling_config = {f"pooling_mode_{mode}": mode == chosen for mode in modes.split()}
+    pooling_config["word_embedding_dimension"] = lm.config.hidden_size
+    score = {"similarity_fn_name": {"dot": "dot", "cos": "cosine"}[similarity]}
+    transformer = {"max_seq_length": max_length, "do_lower_case": False}
     if "add_pooling_layer" in inspect.signature(type(lm.base_model)).parameters:
-        content["model_args"] = {"add_pooling_layer": False}
-    write_json(folder / "sentence_bert_config.json", content)
+        transformer["model_args"] = {"add_pooling_layer": False}
+    write_json(folder / "modules.json", entries)
+    write_json(folder / "1_Pooling" / "config.json", pooling_config)
+    write_json(folder / "config_sentence_transformers.json", score)
+    write_json(folder / "sentence_bert_config.json", transformer)
 
 
 def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", similarity="dot"):
@@ -919,18 +898,10 @@ def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", sim
         shutil.rmtree(old)
 
 
-def finish_output(config):
-    """Put the model of the newest checkpoint into --output itself."""
-    state = shutil.ignore_patterns("training_state.pt")
-    newest = list_checkpoints(config.output)[-1]
-    shutil.copytree(newest, config.output, ignore=state, dirs_exist_ok=True)
-
-
-def start_logs(config, device, log_size):
-    """Write run.json, how this start was made, and cut metrics.jsonl to log_size bytes."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    has_git = shutil.which("git") is not None
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if has_git else ""
+def start_logs(config, device, state):
+    """Write run.json, how this start was made, and cut metrics.jsonl to what a checkpoint knows."""
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run("git rev-parse HEAD", shell=True, **options).stdout.strip()
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content = {"config": asdict(config), "argv": sys.argv, "git_commit": commit or None}
     content["versions"] = {name: metadata.version(name) for name in packages}
@@ -938,7 +909,12 @@ def start_logs(config, device, log_size):
     content |= {"device": str(device), "world_size": dist.get_world_size()}
     write_json(Path(config.output, "run.json"), content)
     with Path(config.output, "metrics.jsonl").open("a") as file:
-        file.truncate(min(log_size, file.tell()))
+        file.truncate(min(state.get("log_size", 0), file.tell()))
+    step = state.get("step")
+    if step == config.steps:
+        print(f"this run is finished: {step} steps", flush=True)
+    elif step:
+        print(f"resuming from step {step}", flush=True)
 
 
 def append_metrics(config, record):
@@ -950,13 +926,8 @@ def append_metrics(config, record):
 
 def print_table(rows, columns, title=""):
     """Print an aligned table of numbers, {row: {column: value}}."""
-    first_width = max(map(len, [title, *rows]))
-    width = max(map(len, columns)) + 3
-    print(f"\n{title:<{first_width}}" + "".join(f"{column:>{width}}" for column in columns))
-    for name, values in rows.items():
-        cells = [f"{values[c]:,.{0 if abs(values[c]) >= 100 else 4}f}" for c in columns]
-        line = "".join(f"{cell:>{width}}" for cell in cells)
-        print(f"{name:<{first_width}}{line}", flush=True)
+    table = pd.DataFrame.from_dict(rows, orient="index")[columns].rename_axis(columns=title)
+    print("\n" + table.to_string(float_format="{:,.4f}".format), flush=True)
 
 
 def peak_memory_mb(device):
@@ -1007,8 +978,6 @@ def complete_config(config):
     table = table | {"warmup_steps": (config.steps or table["steps"]) // 20}
     filled = {name: value for name, value in table.items() if getattr(config, name) is None}
     vars(config).update(filled)
-    for name in ("data", "model", "output"):
-        setattr(config, name, os.path.expanduser(getattr(config, name)))
     check_numbers(config, {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0})
     for name in ("mask_ratio", "adam_beta2"):
         if not 0 < getattr(config, name) < 1:
@@ -1100,20 +1069,6 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def prepare_data(config):
-    """The files of --data, the texts at its start, and the share of all texts to hold out."""
-    if config.data == "python-docs":
-        print_once("building the corpus, or reading it from the cache")
-        if dist.get_rank() == 0:
-            python_docs()
-        dist.barrier()  # the others find it in the cache
-    files = list_files(config.data)
-    if len(files) > 1:
-        print_once(f"reading {len(files)} files of {config.data}, from {files[0]} to {files[-1]}")
-    texts, held_out_share = sample_texts(config, files)
-    return files, texts, held_out_share
-
-
 def prepare_model(config, checkpoint, texts, device):
     """The tokenizer and model of a checkpoint or of --model, or new ones of this seed."""
     torch.manual_seed(config.seed)
@@ -1159,15 +1114,13 @@ def evaluate(model, batches, device, autocast):
         batch = batch.to(device)
         original_ids = batch["original_ids"]
         with autocast:
-            mlm_loss = model(**batch)["mlm_loss"]
-            masked_cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]
-            bow = bow_loss(mlm_head(model.lm, masked_cls), original_ids, model.special)
+            losses = model(**batch)
             cls = model.encode(original_ids, batch["attention_mask"])[:, 0]  # of the unmasked text
             coverage = term_coverage(mlm_head(model.lm, cls), original_ids, model.special)
         sums["masked"] += len(batch["masked_positions"])
         sums["sequences"] += len(original_ids)
-        sums["mlm_loss"] += float(mlm_loss) * len(batch["masked_positions"])
-        sums["bow_loss"] += float(bow) * len(original_ids)
+        sums["mlm_loss"] += float(losses["mlm_loss"]) * len(batch["masked_positions"])
+        sums["bow_loss"] += float(losses["bow_loss"]) * len(original_ids)
         sums["coverage"] += float(coverage.sum())
     model.train()
     metrics = {"eval_mlm_loss": sums["mlm_loss"] / sums["masked"]}
@@ -1197,55 +1150,20 @@ def check_finite(config, record):
             raise UserError(f"{message}: lower --lr or set --precision fp32, with a new --output")
 
 
-def check_resume(state, file_sizes):
-    """UserError where processes see different checkpoints; a warning of data that has changed."""
-    steps = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, state.get("step", 0))
-    if len(set(steps)) > 1:
-        raise UserError(f"processes see the checkpoints {steps}: put --output on a disk they share")
-    changed = set(file_sizes.items()) ^ set(state.get("file_sizes", file_sizes).items())
-    for file in sorted({file for file, _ in changed}):
-        print_once(f"warning: --data has changed since the checkpoint: {file}")
-
-
-def print_start(config, filled, model, dtype, device, last_step):
-    """Tell which flags were filled in, what is trained, and from where a run resumes."""
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    print_once(f"not given: {' '.join(f'--{name} {value}' for name, value in filled.items())}")
-    print_once(
-        f"{config.objective}: {millions:.2f} M parameters, {config.steps:,} steps of "
-        f"{config.num_shards} x {config.micro_batch_size} sequences of up to {config.max_length} "
-        f"tokens, {dist.get_world_size()} process(es), {device}, {dtype}, output {config.output}"
-    )
-    if last_step == config.steps:
-        print_once(f"this run is finished: {last_step} steps")
-    elif last_step:
-        print_once(f"resuming from step {last_step}")
-
-
-def show_progress(bar, record):
-    """Show the losses, the rate and the epoch of a log line in the progress bar."""
-    shown = [f"{name} {value:.3f}" for name, value in record.items() if name.endswith("_loss")]
-    shown += [f"{record['tokens_per_second']:,.0f} tokens/s", f"epoch {record['epoch']}"]
-    bar.set_postfix_str(", ".join(shown))
-
-
-def print_results(config):
-    """Print the held-out metrics before and after training."""
-    lines = Path(config.output, "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
-    if records:
-        columns = ["eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"]
-        print_table({"before": records[0], "after": records[-1]}, columns, "held-out")
-
-
 def end_run(config, step, stops, stop_signal, lock):
-    """Put the model into --output; or say that a signal has stopped the run, and exit so."""
+    """Put the newest model into --output; or say that a signal has stopped the run, and exit so."""
+    output = Path(config.output)
     if stops:
         print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
     elif dist.get_rank() == 0:
-        finish_output(config)
-        print(f"model saved in {config.output}", flush=True)
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
+        if records:
+            columns = ["eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"]
+            print_table({"before": records[0], "after": records[-1]}, columns, "held-out")
+        state = shutil.ignore_patterns("training_state.pt")
+        shutil.copytree(list_checkpoints(output)[-1], output, ignore=state, dirs_exist_ok=True)
+        print(f"model saved in {output}", flush=True)
     dist.barrier()  # torchrun ends the others at the first exit
     if lock:
         lock.close()
@@ -1253,16 +1171,19 @@ def end_run(config, step, stops, stop_signal, lock):
         sys.exit(128 + (stop_signal.received or signal.SIGTERM))
 
 
-def train(config, filled, device):
+def train(config, device):
     """Pre-train to --steps, from the newest checkpoint or the start; the model ends in --output."""
     # Output, checkpoint and data.
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lock = prepare_output(config) if rank == 0 else None
     checkpoint, state = load_checkpoint(config)
-    files, texts, held_out_share = prepare_data(config)
-    file_sizes = {file: os.path.getsize(file) for file in files}
-    check_resume(state, file_sizes)
+    files = list_files(config.data)
+    texts, held_out_share = sample_texts(config, files)
     held_out_share = state.get("held_out_share", held_out_share)
+    file_sizes = {file: os.path.getsize(file) for file in files}
+    changed = file_sizes.items() ^ state.get("file_sizes", file_sizes).items()
+    for file in sorted({file for file, _ in changed}):
+        print_once(f"warning: --data has changed since the checkpoint: {file}")
 
     # Model, optimizer and loader.
     tokenizer, model = prepare_model(config, checkpoint, texts, device)
@@ -1279,13 +1200,18 @@ def train(config, filled, device):
     held_out = held_out_batches(config, tokenizer, texts, held_out_share)
     del texts
 
-    step = last_step = state.get("step", 0)
-    print_start(config, filled, model, dtype, device, last_step)
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print_once(
+        f"{config.objective}: {millions:.2f} M parameters, {config.steps:,} steps of "
+        f"{config.num_shards} x {config.micro_batch_size} sequences of up to {config.max_length} "
+        f"tokens, {world_size} process(es), {device}, {dtype}, output {config.output}"
+    )
     if rank == 0:
-        start_logs(config, device, state.get("log_size", 0))
+        start_logs(config, device, state)
     if rank == 0 and held_out and not checkpoint:
         append_metrics(config, {"step": 0} | evaluate(model, held_out, device, autocast))
 
+    step = last_step = state.get("step", 0)
     num_micro_batches = config.num_shards // world_size
     positions = {}  # from which the shards of this process resume
     counts = Counter()  # sums since the last line of the log
@@ -1341,7 +1267,9 @@ def train(config, filled, device):
             record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
             record |= measure_rates(sums, start, device)  # the sum has waited for the device
             check_finite(config, record)
-            show_progress(bar, record)
+            shown = [f"{name} {value:.3f}" for name, value in record.items() if "_loss" in name]
+            shown += [f"{record['tokens_per_second']:,.0f} tokens/s", f"epoch {record['epoch']}"]
+            bar.set_postfix_str(", ".join(shown))
             if rank == 0:
                 append_metrics(config, record)
 
@@ -1367,9 +1295,6 @@ def train(config, filled, device):
             counts.clear()
             start = time.perf_counter()
 
-    # End.
-    if rank == 0 and not stops:
-        print_results(config)
     end_run(config, step, stops, stop_signal, lock)
 
 
@@ -1384,7 +1309,8 @@ def bench(config, device):
     """
     dtype = compute_dtype(config.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    files, texts, _ = prepare_data(config)
+    files = list_files(config.data)
+    texts, _ = sample_texts(config, files)
     runs = {}
     for objective in ("mlm", "bow", "enhanced"):
         own = replace(config, objective=objective)
@@ -1440,8 +1366,6 @@ def run_command(command, *arguments):
     in which torchrun ends the other processes: so nothing is printed once for each of them.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity_error()
     shows_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
@@ -1456,7 +1380,6 @@ def run_command(command, *arguments):
         print(f"error: {short_reason(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        datasets.logging.set_verbosity(level)
         if shows_bars:
             transformers.logging.enable_progress_bar()
         if world_size == 1 and dist.is_initialized():
@@ -1468,10 +1391,14 @@ def pretrain(argv):
     config = parse_config(argv, Config)
     device = init_distributed()
     filled = complete_config(config)
-    if config.bench:
-        bench(config, device)
-    else:
-        train(config, filled, device)
+    print_once(f"not given: {' '.join(f'--{name} {value}' for name, value in filled.items())}")
+    if config.data == "python-docs":
+        print_once("building the corpus, or reading it from the cache")
+        if dist.get_rank() == 0:
+            python_docs()
+        dist.barrier()  # the others find it in the cache
+    command = bench if config.bench else train
+    command(config, device)
 
 
 def main(argv=None):

@@ -914,11 +914,8 @@ def finetune(config, device):
         f"{config.steps} steps, {config.warmup_steps} of them warm-up, of {config.batch_size} of "
         f"{len(training.queries):,} queries, with 1 + {config.negatives} passages each"
     )
-    if checkpoint:
-        done = "this run is finished" if last_step == config.steps else "resuming"
-        print_once(f"{done}: {last_step} steps are saved in {config.output}")
     if rank == 0:
-        bow_mae.start_logs(config, device, state.get("log_size", 0))
+        bow_mae.start_logs(config, device, state)
 
     counts = Counter()  # since the last line of the log
     stops = False
