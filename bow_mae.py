@@ -50,7 +50,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from datasets.distributed import split_dataset_by_node
 from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
@@ -379,16 +378,37 @@ def list_files(data):
     return sorted(map(str, files))
 
 
-def list_pieces(files):
-    """What shards can read apart, as (file, row group) of .parquet and (file, None) of others."""
+def open_dataset(data):
+    """All of --data, where it is a saved dataset, python-docs, or streamed from the hub."""
+    name, subset, split = (data.split(":") + ["", ""])[:3]
+    if name != "python-docs" and not Path(name).is_dir():
+        return datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+    table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
+    return table["train"] if isinstance(table, datasets.DatasetDict) else table
+
+
+def list_pieces(config, files, num_shards=1, epoch=None):
+    """What shards can read apart, as (name, source, part): the parts of a dataset, or files.
+
+    A part of a .parquet file is a row group. Each epoch has another order of all but tables.
+    """
     pieces = []
     for file in files:
-        if file_format(file) != ".parquet":
-            pieces.append((file, None))
-            continue
-        parquet = pyarrow.parquet.read_metadata(file)
-        row_groups = range(parquet.num_row_groups)
-        pieces += [(file, i) for i in row_groups if parquet.row_group(i).num_rows]
+        if file_format(file) == ".parquet":
+            parquet = pyarrow.parquet.read_metadata(file)
+            parts = [i for i in range(parquet.num_row_groups) if parquet.row_group(i).num_rows]
+            pieces += [(f"{file}, row group {part}", file, part) for part in parts]
+        else:
+            pieces.append((file, file, None))
+    if not files:
+        dataset = open_dataset(config.data)
+        is_table = isinstance(dataset, datasets.Dataset)
+        count = min(num_shards, len(dataset)) if is_table else dataset.num_shards
+        pieces = [(f"{config.data}, part {i}", dataset, (count, i)) for i in range(count)]
+        if is_table:
+            return pieces
+    if epoch is not None:
+        np.random.default_rng([config.seed, epoch]).shuffle(pieces)
     return pieces
 
 
@@ -406,118 +426,93 @@ def parse_line(line, kind):
     return json.loads(text)
 
 
-def read_records(file, row_group=None, first=0, stride=1, columns=None):
-    """Yield (line number, record) of every stride-th record of a local file, from the first on.
+def read_tables(source, part, columns):
+    """Yield (number, row) of a row group of a .parquet file, or of a part of a dataset."""
+    if isinstance(part, int):
+        tables = pyarrow.parquet.ParquetFile(source).iter_batches(1000, [part], columns)
+    else:
+        dataset = source.select_columns(columns) if columns else source
+        tables = dataset.shard(*part).with_format("arrow").iter(1000)
+    rows = (row for table in tables for row in table.to_pylist())
+    yield from enumerate(rows, 1)
 
-    Of .parquet a row group is read, and perhaps not all columns. UserError names file and line of
-    what cannot be read.
+
+def read_lines(file, kind):
+    """Yield (line number, row) of a .csv file, (line number, line of bytes) of any other."""
+    with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
+        if kind == ".csv":
+            csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
+            rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
+            for row in rows:
+                yield rows.line_num, row
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
+
+
+def read_records(piece, first=0, stride=1, columns=None):
+    """Yield (line number, record) of every stride-th record of a piece, from the first on.
+
+    UserError names file and line of what cannot be read.
     """
-    number, kind = 0, file_format(file)
-    csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
+    name, source, part = piece
+    number, kind = 0, file_format(name)
     try:
-        with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
-            if kind == ".parquet":
-                options = {"row_groups": [row_group], "columns": columns}
-                batches = pyarrow.parquet.ParquetFile(lines).iter_batches(1000, **options)
-                records = enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-            elif kind == ".csv":
-                rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
-                records = ((rows.line_num, row) for row in rows)
-            else:
-                records = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-            for number, record in itertools.islice(records, first, None, stride):
-                if isinstance(record, bytes):
-                    record = parse_line(record, kind)
-                if None in record:
-                    raise ValueError("more fields than the header names")
-                yield number, record
+        is_text = part is None
+        records = read_lines(source, kind) if is_text else read_tables(source, part, columns)
+        for number, record in itertools.islice(records, first, None, stride):
+            if isinstance(record, bytes):
+                record = parse_line(record, kind)
+            if None in record:
+                raise ValueError("more fields than the header names")
+            yield number, record
     except (ValueError, TypeError, EOFError, OSError, csv.Error, zlib.error) as error:
         place = "after line" if kind == ".csv" else "line"
-        raise UserError(f"{file}, {place} {number}: {error}") from error
+        raise UserError(f"{name}, {place} {number}: {error}") from error
 
 
-def join_columns(record, columns, place):
-    """The columns of a record joined by a space, without null ones; UserError if one is no text."""
-    values = [record[column] for column in columns if record.get(column) is not None]
-    if not all(isinstance(value, str) for value in values):
-        raise UserError(f"{place}: {values!r:.80} in {' '.join(columns)} is not text")
-    text = " ".join(value for value in values if value).strip()
-    return text.encode(errors="replace").decode()  # for half a surrogate pair
+def read_texts(config, files, shard=0, num_shards=1, epoch=None, position=(0, 0)):
+    """Yield (position, text) of one shard of --data: the --text_columns joined by a space.
 
-
-def read_pieces(pieces, columns, first, stride):
-    """Yield {"text": ...} of every stride-th record of each piece, from the first on."""
-    for file, row_group in pieces:
-        place = file if row_group is None else f"{file}, row group {row_group}"
-        # Else small pieces would give all their records to the first shards.
-        first_record = (first + zlib.crc32(Path(place).name.encode())) % stride
-        for number, record in read_records(file, row_group, first_record, stride, columns):
-            yield {"text": join_columns(record, columns, f"{place}, line {number}")}
-
-
-def read_texts(config, stream):
-    """Yield the texts of a stream of `datasets`, whose state is then that after the last one.
-
-    The columns are joined here, as `map` of datasets 4.0 makes a stream of known types resume at
-    another text. And `__iter__` would split the stream among workers again.
+    A shard reads pieces of its own where there are enough of them; else it reads all, and keeps one
+    record in num_shards. The position after a text is (piece, records read of it), to go on from.
     """
-    for batch in stream.iter(batch_size=1):
-        record = {name: values[0] for name, values in batch.items()}
-        yield join_columns(record, list(record), f"--data {config.data}")
-
-
-def open_dataset(config, num_shards):
-    """All of --data as a stream, where it is a saved dataset, on the hub, or python-docs."""
-    name, subset, split = (config.data.split(":") + ["", ""])[:3]
-    if name != "python-docs" and not Path(name).is_dir():
-        return datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
-    table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
-    table = table["train"] if isinstance(table, datasets.DatasetDict) else table
-    return table.to_iterable_dataset(num_shards=min(num_shards, len(table)))
-
-
-def open_stream(config, files, shard=0, num_shards=1, epoch=None):
-    """The records of one shard of --data, as a stream of `datasets`, to be read by `read_texts`.
-
-    A shard reads files, row groups or rows of its own where there are enough of them; else it
-    reads all, and keeps one record in num_shards. Each epoch has another order of local files and
-    row groups. It is drawn here, as neither `reshard` nor a `shuffle` that resumes at the same text
-    is in every version of `datasets`.
-    """
-    columns = tuple(config.text_columns)  # a list would be taken for shards
-    try:
-        if files:
-            pieces = list_pieces(files)
-            records = itertools.chain.from_iterable(itertools.starmap(read_records, pieces))
-            found = {name for _, record in itertools.islice(records, 100) for name in record}
-        else:
-            stream = open_dataset(config, num_shards)
-            found = stream.column_names or next(iter(stream))
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"--data {config.data}: {short_reason(error)}") from error
-    if not set(columns) <= set(found):
-        message = f"--data {config.data} has the columns {sorted(found)}, not {' '.join(columns)}"
-        raise UserError(message)
-    if not files:
-        stream = stream.select_columns(config.text_columns)
-        if stream.num_shards >= num_shards:
-            return stream.shard(num_shards, shard)
-        return split_dataset_by_node(stream, shard, num_shards)
-    if epoch is not None:
-        np.random.default_rng([config.seed, epoch]).shuffle(pieces)
+    columns = config.text_columns
+    pieces = list_pieces(config, files, num_shards, epoch)
     if len(pieces) >= num_shards:
         pieces, shard, num_shards = pieces[shard::num_shards], 0, 1
-    arguments = {"pieces": pieces, "columns": columns, "first": shard, "stride": num_shards}
-    return datasets.IterableDataset.from_generator(read_pieces, gen_kwargs=arguments)
+    start, done = position
+    for index in range(start, len(pieces)):
+        name = pieces[index][0]
+        # Else small pieces would give all their records to the first shards.
+        first = (shard + zlib.crc32(Path(name).name.encode())) % num_shards + done * num_shards
+        for number, record in read_records(pieces[index], first, num_shards, columns):
+            values = [record[column] for column in columns if record.get(column) is not None]
+            if not all(isinstance(value, str) for value in values):
+                reason = f"{values!r:.80} in {' '.join(columns)} is not text"
+                raise UserError(f"{name}, line {number}: {reason}")
+            text = " ".join(value for value in values if value).strip()
+            done += 1
+            yield (index, done), text.encode(errors="replace").decode()  # half a surrogate pair
+        done = 0
 
 
 def sample_texts(config, files):
     """The texts at the start of --data, and the share of all texts to hold out for evaluation.
 
     The share makes some 100 of these texts, but at most 1 text in 10 and at least 1 in 1000.
+    UserError if --data lacks a column.
     """
+    try:
+        records = itertools.chain.from_iterable(map(read_records, list_pieces(config, files)))
+        found = {name for _, record in itertools.islice(records, 100) for name in record}
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"--data {config.data}: {short_reason(error)}") from error
+    if not set(config.text_columns) <= found:
+        asked = " ".join(config.text_columns)
+        raise UserError(f"--data {config.data} has the columns {sorted(found)}, not {asked}")
     texts, num_characters = [], 0
-    for text in read_texts(config, open_stream(config, files)):
+    for _, text in read_texts(config, files):
         texts.append(text)
         num_characters += len(text)
         if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
@@ -579,8 +574,8 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     """The micro-batches of some shards of the data, one of each shard in turn, without end.
 
     What a shard yields depends only on (data, seed, step, shard), not on the process. A micro-batch
-    comes with the position from which its shard resumes: the epoch, the state of `datasets` before
-    the buffer of texts that it is from, and the step of that buffer's first batch.
+    comes with the position from which its shard resumes: the epoch, the position in its data where
+    the buffer of texts begins that it is from, and the step of that buffer's first batch.
     """
 
     def __init__(self, config, tokenizer, files, held_out_share, shards, state):
@@ -598,15 +593,12 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     def read_shard(self, shard):
         """Yield (info, batch) for each step from first_step on."""
         config = self.config
-        epoch, data_state, step = self.positions.get(shard, (0, None, 1))
+        epoch, data_position, step = self.positions.get(shard, (0, (0, 0), 1))
         while True:
             epoch_start = step
-            stream = open_stream(config, self.files, shard, config.num_shards, epoch)
-            if data_state:
-                stream.load_state_dict(data_state)
-            all_texts = read_texts(config, stream)
-            while texts := self.read_buffer(all_texts):
-                position = (epoch, data_state, step)
+            where = (shard, config.num_shards, epoch, data_position)
+            for texts, buffer_end in self.read_buffers(read_texts(config, self.files, *where)):
+                position = (epoch, data_position, step)
                 for sequences in self.make_batches(texts, shard, step):
                     if step >= self.first_step:
                         numbers = np.random.SeedSequence([config.seed, step, shard])
@@ -615,24 +607,26 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                         info["num_tokens"] = sum(len(token_ids) for token_ids, _ in sequences)
                         yield info, collate(sequences, self.tokenizer, config.mask_ratio, seed)
                     step += 1
-                data_state = stream.state_dict()
+                data_position = buffer_end
             if step == epoch_start:
                 message = f"--data {config.data} has too few texts for {config.num_shards} shards"
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
-            epoch, data_state = epoch + 1, None
+            epoch, data_position = epoch + 1, (0, 0)
 
-    def read_buffer(self, all_texts):
-        """The next texts to train on, as many as a buffer takes; [] at the end of the shard."""
-        texts, num_characters = [], 0
-        for text in all_texts:
+    def read_buffers(self, positions_and_texts):
+        """Yield (texts to train on, position after them), as many as a buffer takes."""
+        texts, num_characters, position = [], 0, None
+        for position, text in positions_and_texts:
             if text_hash(text) >= self.held_out_share:
                 # A text longer than a buffer is cut, so that a book does not fill memory.
                 starts = range(0, len(text), BUFFER_CHARACTERS)
                 texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
                 num_characters += len(text)
             if len(texts) >= BUFFER_TEXTS or num_characters >= BUFFER_CHARACTERS:
-                break
-        return texts
+                yield texts, position
+                texts, num_characters = [], 0
+        if texts:
+            yield texts, position
 
     def make_batches(self, texts, shard, first_step):
         """Yield the batches of a buffer, of sequences of like length, in a random order."""
@@ -810,7 +804,7 @@ def write_json(path, content):
 
 
 def prepare_output(config):
-    """Make --output and lock it, for as long as the file that is returned stays open."""
+    """Make --output, and lock it while the file that is returned is open."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in output.iterdir()} - {".lock"}
@@ -820,8 +814,8 @@ def prepare_output(config):
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        lock.seek(0)
-        raise UserError(f"--output {output} is in use by {lock.read()}") from error
+        holder = Path(lock.name).read_text()
+        raise UserError(f"--output {output} is in use by {holder}") from error
     lock.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     return lock
@@ -829,7 +823,7 @@ def prepare_output(config):
 
 def list_checkpoints(output):
     """The folders checkpoint-STEP of a run, the newest last."""
-    folders = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdigit()]
+    folders = Path(output).glob("checkpoint-[0-9]*")
     return sorted(folders, key=lambda path: int(path.name[11:]))
 
 
@@ -846,8 +840,7 @@ def load_checkpoint(config):
     for name, value in asdict(config).items():
         before = state["config"].get(name)
         if name not in FREE_FLAGS and value != before:
-            message = f"--output {config.output} holds a run with --{name} {before}, not {value}"
-            raise UserError(f"{message}: give that, or another --output")
+            raise UserError(f"--output {config.output} has a run of --{name} {before}, not {value}")
     return str(checkpoints[-1]), state
 
 
@@ -995,9 +988,8 @@ def init_distributed():
     """Join the processes of torchrun, or be a group of one; returns the device of this process."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
-    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    if given and missing:
-        raise UserError(f"{given[0]} is set but {missing[0]} is not: use torchrun, or unset it")
+    if missing and {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        raise UserError(f"{missing[0]} is not set: use torchrun, or unset RANK and WORLD_SIZE")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1054,8 +1046,8 @@ class StopSignal:
 
     def __enter__(self):
         self.received, self.time = 0, math.inf
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self.handlers = {number: signal.signal(number, self.note) for number in numbers}
+        self.terminate = signal.signal(signal.SIGTERM, self.note)
+        self.interrupt = signal.signal(signal.SIGINT, self.note)
         return self
 
     def note(self, number, frame):
@@ -1065,8 +1057,8 @@ class StopSignal:
         self.received, self.time = number, time.monotonic()
 
     def __exit__(self, *exception):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, self.terminate)
+        signal.signal(signal.SIGINT, self.interrupt)
 
 
 def prepare_model(config, checkpoint, texts, device):
@@ -1141,13 +1133,12 @@ def measure_rates(sums, start, device):
 
 
 def check_finite(config, record):
-    """UserError where a loss, or the norm of a gradient, is not finite."""
+    """UserError where a value is not finite, but for the gradients that fp16 skips."""
     for name, value in record.items():
-        # The scaler of fp16 skips steps whose gradient overflows.
         is_skipped = name == "grad_norm" and config.precision == "fp16"
         if not math.isfinite(value) and not is_skipped:
-            message = f"{name} is {value} at step {record['step']}; earlier checkpoints are whole"
-            raise UserError(f"{message}: lower --lr or set --precision fp32, with a new --output")
+            reason = f"{name} is {value} at step {record['step']}; earlier checkpoints are whole"
+            raise UserError(f"{reason}: lower --lr or set --precision fp32, with a new --output")
 
 
 def end_run(config, step, stops, stop_signal, lock):
@@ -1311,7 +1302,7 @@ def bench(config, device):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     files = list_files(config.data)
     texts, _ = sample_texts(config, files)
-    runs = {}
+    runs, seconds, memory = {}, defaultdict(list), {}
     for objective in ("mlm", "bow", "enhanced"):
         own = replace(config, objective=objective)
         tokenizer, model = prepare_model(own, None, texts, device)
@@ -1320,13 +1311,13 @@ def bench(config, device):
     num_micro_batches = config.num_shards // dist.get_world_size()
     micro_batches = [next(loader) for _ in range(4 * num_micro_batches)]
 
-    seconds, memory = defaultdict(list), {}
     for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
         for objective in runs if turn % 2 == 0 else reversed(runs):
             ddp, optimizer = runs[objective]
+            memory_before = 0.0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            memory_before = peak_memory_mb(device) if device.type == "cuda" else 0.0
+                memory_before = peak_memory_mb(device)
             start = time.perf_counter()
             for index, (_, batch) in enumerate(micro_batches, 1):
                 ddp.require_backward_grad_sync = index % num_micro_batches == 0
@@ -1356,8 +1347,6 @@ def bench(config, device):
 
 # ---- command line
 
-EXPECTED_ERRORS = (UserError, OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException)
-
 
 def run_command(command, *arguments):
     """Run a command. An error that a user can mend becomes one line and exit code 2.
@@ -1366,13 +1355,11 @@ def run_command(command, *arguments):
     in which torchrun ends the other processes: so nothing is printed once for each of them.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    shows_bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
     try:
         command(*arguments)
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # frees the loader, so that its processes end
-        is_expected = isinstance(error, EXPECTED_ERRORS)
+        is_expected = isinstance(error, (UserError, OSError))
         if world_size > 1 and (rank > 0 or not is_expected):
             time.sleep(5)
         if not is_expected:
@@ -1380,8 +1367,6 @@ def run_command(command, *arguments):
         print(f"error: {short_reason(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        if shows_bars:
-            transformers.logging.enable_progress_bar()
         if world_size == 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1407,6 +1392,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()  # it would cut the bar of the run in two
     main()
     # All work is done. Threads that gloo leaves behind would abort some exits of Python.
     sys.stdout.flush()

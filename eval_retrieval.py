@@ -41,6 +41,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from datasets.fingerprint import Hasher
 from torch import nn
 from tqdm import tqdm
@@ -1212,6 +1213,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()
     main()
     # All work is done. Threads that gloo leaves behind would abort some exits of Python.
     sys.stdout.flush()
