@@ -55,7 +55,6 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig
-from transformers import BertTokenizerFast as BertTokenizer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 
@@ -312,10 +311,7 @@ def docstrings(versions):
 
 @functools.cache
 def python_docs():
-    """The documentation of Python and PACKAGES: some 24,000 rows of _id, query, text, shuffled.
-
-    Repeated texts and queries that name more than one text are left out. Cached by `datasets`.
-    """
+    """Some 24,000 rows of _id, query and text, no two of them equal, shuffled; cached."""
     versions = {name: metadata.version(name) for name in PACKAGES.split()}
     arguments = {"versions": {"python": sys.version} | versions}
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
@@ -373,18 +369,8 @@ def list_files(data):
     files = [file for file in files if file.is_file() and file.stat().st_size]
     formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
     if formats not in FORMATS:
-        known = f"{' '.join(FORMATS)} (all but the last also .gz)"
-        raise UserError(f"--data {data}: found {formats}, not files of one format of {known}")
+        raise UserError(f"--data {data}: found {formats}, not one format of {' '.join(FORMATS)}")
     return sorted(map(str, files))
-
-
-def open_dataset(data):
-    """All of --data, where it is a saved dataset, python-docs, or streamed from the hub."""
-    name, subset, split = (data.split(":") + ["", ""])[:3]
-    if name != "python-docs" and not Path(name).is_dir():
-        return datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
-    table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
-    return table["train"] if isinstance(table, datasets.DatasetDict) else table
 
 
 def list_pieces(config, files, num_shards=1, epoch=None):
@@ -400,13 +386,17 @@ def list_pieces(config, files, num_shards=1, epoch=None):
             pieces += [(f"{file}, row group {part}", file, part) for part in parts]
         else:
             pieces.append((file, file, None))
+    name, subset, split = (config.data.split(":") + ["", ""])[:3]
+    if not files and (name == "python-docs" or Path(name).is_dir()):
+        table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
+        table = table["train"] if isinstance(table, datasets.DatasetDict) else table
+        count = min(num_shards, len(table))
+        return [(f"{name}, part {i}", table, (count, i)) for i in range(count)]
     if not files:
-        dataset = open_dataset(config.data)
-        is_table = isinstance(dataset, datasets.Dataset)
-        count = min(num_shards, len(dataset)) if is_table else dataset.num_shards
-        pieces = [(f"{config.data}, part {i}", dataset, (count, i)) for i in range(count)]
-        if is_table:
-            return pieces
+        options = {"split": split or "train", "streaming": True}
+        stream = datasets.load_dataset(name, subset or None, **options)
+        count = stream.num_shards
+        pieces = [(f"{name}, part {i}", stream, (count, i)) for i in range(count)]
     if epoch is not None:
         np.random.default_rng([config.seed, epoch]).shuffle(pieces)
     return pieces
@@ -451,18 +441,13 @@ def read_lines(file, kind):
 
 
 def read_records(piece, first=0, stride=1, columns=None):
-    """Yield (line number, record) of every stride-th record of a piece, from the first on.
-
-    UserError names file and line of what cannot be read.
-    """
+    """Yield (line number, record) of every stride-th record of a piece, from the first on."""
     name, source, part = piece
     number, kind = 0, file_format(name)
     try:
-        is_text = part is None
-        records = read_lines(source, kind) if is_text else read_tables(source, part, columns)
-        for number, record in itertools.islice(records, first, None, stride):
-            if isinstance(record, bytes):
-                record = parse_line(record, kind)
+        lines = read_lines(source, kind) if part is None else read_tables(source, part, columns)
+        for number, line in itertools.islice(lines, first, None, stride):
+            record = parse_line(line, kind) if isinstance(line, bytes) else line
             if None in record:
                 raise ValueError("more fields than the header names")
             yield number, record
@@ -498,11 +483,7 @@ def read_texts(config, files, shard=0, num_shards=1, epoch=None, position=(0, 0)
 
 
 def sample_texts(config, files):
-    """The texts at the start of --data, and the share of all texts to hold out for evaluation.
-
-    The share makes some 100 of these texts, but at most 1 text in 10 and at least 1 in 1000.
-    UserError if --data lacks a column.
-    """
+    """The texts at the start of --data, and the share to hold out: if it can, 100 of these."""
     try:
         records = itertools.chain.from_iterable(map(read_records, list_pieces(config, files)))
         found = {name for _, record in itertools.islice(records, 100) for name in record}
@@ -721,8 +702,8 @@ def learn_tokenizer(config, texts):
     # Made again of the vocabulary, it adds [CLS] and [SEP], and no piece is a special token.
     wordpiece = BertWordPieceTokenizer(wordpiece.get_vocab(), strip_accents=False)
     backend = Tokenizer.from_str(wordpiece.to_str())
-    length = max(512, config.max_length)
-    return BertTokenizer(tokenizer_object=backend, strip_accents=False, model_max_length=length)
+    options = {"strip_accents": False, "model_max_length": max(512, config.max_length)}
+    return transformers.BertTokenizerFast(tokenizer_object=backend, **options)
 
 
 def fresh_lm(config, tokenizer):
@@ -744,20 +725,16 @@ def load_tokenizer(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
-    unfit = not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token)
-    unfit = unfit or tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id
-    if unfit or max(tokenizer.get_vocab().values()) >= len(tokenizer):
+    is_unfit = not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token)
+    is_unfit = is_unfit or tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id
+    if is_unfit or max(tokenizer.get_vocab().values()) >= len(tokenizer):
         reasons = "is not fast, lacks [MASK] or [PAD], puts no [CLS] first, or its ids have gaps"
         raise UserError(f"--model {source}: its tokenizer {reasons}")
     return tokenizer
 
 
 def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
-    """The masked LM of a folder or hub name, in float32; UserError if a trial shows it unfit.
-
-    The head must give the model's own logits for max_length tokens, and each weight a gradient, in
-    the dtype of autocast.
-    """
+    """The masked LM of a folder or hub name; UserError if a trial in this dtype shows it unfit."""
     options = {"dtype": torch.float32, "output_loading_info": True}
     try:
         lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
@@ -767,13 +744,13 @@ def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
             torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
         logits.sum().backward()
         unused = [name for name, weight in lm.named_parameters() if weight.grad is None]
-        for name in [*report["missing_keys"], *unused]:
-            raise ValueError(f"{name} is missing or gets no gradient")
+        if report["missing_keys"] or unused:
+            names = [*report["missing_keys"], *unused]
+            raise ValueError(f"{names[0]} is missing or gets no gradient")
     except Exception as error:  # whatever a model that is not meant for this raises
-        raise UserError(
-            f"{source} is damaged, or no masked LM of BERT, RoBERTa, DistilBERT or ModernBERT for "
-            f"--max_length {max_length}: {short_reason(error)}"
-        ) from error
+        heads = "BERT, RoBERTa, DistilBERT or ModernBERT"
+        reason = f"is damaged, or no masked LM of {heads} for --max_length {max_length}"
+        raise UserError(f"{source} {reason}: {short_reason(error)}") from error
     lm.zero_grad()
     return lm
 
@@ -911,10 +888,17 @@ def start_logs(config, device, state):
 
 
 def append_metrics(config, record):
-    """Append a line to metrics.jsonl; infinite values and NaN become null."""
-    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-    with Path(config.output, "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append a line to metrics.jsonl; UserError where a value is not finite."""
+    for name, value in record.items():
+        # The scaler of fp16 skips steps whose gradient overflows.
+        is_skipped = name == "grad_norm" and config.precision == "fp16"
+        if not math.isfinite(value) and not is_skipped:
+            reason = f"{name} is {value} at step {record['step']}; earlier checkpoints are whole"
+            raise UserError(f"{reason}: lower --lr or set --precision fp32, with a new --output")
+    if dist.get_rank() == 0:
+        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        with Path(config.output, "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def print_table(rows, columns, title=""):
@@ -933,20 +917,17 @@ def peak_memory_mb(device):
 
 # ---- training
 
-# Defaults of flags that are not given: the paper's values for a pre-trained model, and those of a
-# run of minutes for a fresh one.
-PRETRAINED_DEFAULTS = {"max_length": 144, "steps": 80_000, "batch_size": 256, "lr": 3e-4}
-PRETRAINED_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.1, "adam_beta2": 0.999}
-PRETRAINED_DEFAULTS |= {"workers": 1}
+# Of flags that are not given: for a pre-trained model, and for a fresh one a run of minutes.
+PAPER_DEFAULTS = {"max_length": 144, "steps": 80_000, "batch_size": 256, "lr": 3e-4, "workers": 1}
+PAPER_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.1, "adam_beta2": 0.999}
 FRESH_DEFAULTS = {"max_length": 64, "steps": 1800, "batch_size": 64, "lr": 2e-3, "workers": 0}
 FRESH_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.03, "adam_beta2": 0.98}
 
 
 def parse_config(argv, kind):
     """Parse a command line into a dataclass; UserError for an unknown flag or a bad value."""
-    parser = HfArgumentParser(
-        kind, description=kind.__doc__, allow_abbrev=False, exit_on_error=False
-    )
+    options = {"description": kind.__doc__, "allow_abbrev": False, "exit_on_error": False}
+    parser = HfArgumentParser(kind, **options)
     options = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
         config, unknown = parser.parse_args_into_dataclasses(argv, **options)
@@ -967,7 +948,7 @@ def check_numbers(config, least):
 
 def complete_config(config):
     """Fill in the flags that were not given, and return them; UserError for impossible values."""
-    table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PRETRAINED_DEFAULTS
+    table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PAPER_DEFAULTS
     table = table | {"warmup_steps": (config.steps or table["steps"]) // 20}
     filled = {name: value for name, value in table.items() if getattr(config, name) is None}
     vars(config).update(filled)
@@ -1132,15 +1113,6 @@ def measure_rates(sums, start, device):
     }
 
 
-def check_finite(config, record):
-    """UserError where a value is not finite, but for the gradients that fp16 skips."""
-    for name, value in record.items():
-        is_skipped = name == "grad_norm" and config.precision == "fp16"
-        if not math.isfinite(value) and not is_skipped:
-            reason = f"{name} is {value} at step {record['step']}; earlier checkpoints are whole"
-            raise UserError(f"{reason}: lower --lr or set --precision fp32, with a new --output")
-
-
 def end_run(config, step, stops, stop_signal, lock):
     """Put the newest model into --output; or say that a signal has stopped the run, and exit so."""
     output = Path(config.output)
@@ -1257,18 +1229,15 @@ def train(config, device):
             record |= {name: sums[name] / world_size for name in step_losses}
             record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
             record |= measure_rates(sums, start, device)  # the sum has waited for the device
-            check_finite(config, record)
+            append_metrics(config, record)
             shown = [f"{name} {value:.3f}" for name, value in record.items() if "_loss" in name]
             shown += [f"{record['tokens_per_second']:,.0f} tokens/s", f"epoch {record['epoch']}"]
             bar.set_postfix_str(", ".join(shown))
-            if rank == 0:
-                append_metrics(config, record)
 
             # Evaluate.
             if evaluates and held_out and rank == 0:
-                record = {"step": step} | evaluate(model, held_out, device, autocast)
-                check_finite(config, record)
-                append_metrics(config, record)
+                metrics = evaluate(model, held_out, device, autocast)
+                append_metrics(config, {"step": step} | metrics)
 
             # Save.
             stops = sums["stops"] > 0
@@ -1295,7 +1264,7 @@ def train(config, device):
 def bench(config, device):
     """Train the objectives by turns on the same batches, and print what each of them costs.
 
-    Medians of ten rounds of four steps, the first two uncounted, back and forth so that none always
+    Medians of rounds of four steps, the first two uncounted, back and forth so that none always
     comes first. Memory is what steps take beyond the weights on a GPU, else the process's peak.
     """
     dtype = compute_dtype(config.precision, device)
@@ -1348,15 +1317,16 @@ def bench(config, device):
 # ---- command line
 
 
-def run_command(command, *arguments):
-    """Run a command. An error that a user can mend becomes one line and exit code 2.
+@contextlib.contextmanager
+def errors_in_one_line():
+    """Print an error that a user can mend as one line, and exit with code 2.
 
     Under torchrun the first process prints such an error at once. Any other waits five seconds,
     in which torchrun ends the other processes: so nothing is printed once for each of them.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        command(*arguments)
+        yield
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # frees the loader, so that its processes end
         is_expected = isinstance(error, (UserError, OSError))
@@ -1371,8 +1341,9 @@ def run_command(command, *arguments):
             dist.destroy_process_group()
 
 
-def pretrain(argv):
-    """Train or measure, as the flags say."""
+@errors_in_one_line()
+def main(argv=None):
+    """Train or measure, as the flags of a command line say."""
     config = parse_config(argv, Config)
     device = init_distributed()
     filled = complete_config(config)
@@ -1384,11 +1355,6 @@ def pretrain(argv):
         dist.barrier()  # the others find it in the cache
     command = bench if config.bench else train
     command(config, device)
-
-
-def main(argv=None):
-    """Pre-train with the flags of a command line."""
-    run_command(pretrain, argv)
 
 
 if __name__ == "__main__":

@@ -971,10 +971,8 @@ def finetune(config, device):
                 record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item()}
                 record |= {"lr": lr, "grad_norm": grad_norm.item()}
                 record |= bow_mae.measure_rates(sums, start, device)
-                bow_mae.check_finite(config, record)
+                bow_mae.append_metrics(config, record)
                 bar.set_postfix(loss=record["loss"], epoch=record["epoch"])
-                if rank == 0:
-                    bow_mae.append_metrics(config, record)
                 stops = sums["stops"] > 0
                 counts.clear()
                 start = time.perf_counter()
@@ -1198,18 +1196,14 @@ def parse_command(argv):
     return command, config, filled
 
 
-def run(argv):
+@bow_mae.errors_in_one_line()
+def main(argv=None):
     """Run the command of a command line, or the recipe."""
-    command, config, filled = parse_command(argv)
+    command, config, filled = parse_command(sys.argv[1:] if argv is None else argv)
     device = bow_mae.init_distributed()
     if filled:
         print_once(f"not given: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
     command(config, device)
-
-
-def main(argv=None):
-    """Run a command; exits with 2 and one line on an error that the user can mend."""
-    bow_mae.run_command(run, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
