@@ -1306,10 +1306,9 @@ def bench(config, device):
     for objective in runs:
         median = np.median(seconds[objective][2:])
         ratios = np.array(seconds["mlm"][2:]) / seconds[objective][2:]
-        rows[objective] = {"samples/s": 4 * config.batch_size / median}
-        rows[objective]["tokens/s"] = tokens["tokens"] / median
-        rows[objective] |= {"x mlm": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
-        rows[objective]["peak MB"] = memory[objective]
+        row = {"samples/s": 4 * config.batch_size / median, "tokens/s": tokens["tokens"] / median}
+        row |= {"x mlm": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
+        rows[objective] = row | {"peak MB": memory[objective]}
     if dist.get_rank() == 0:
         print_table(rows, list(rows["mlm"]), f"{device}, {dtype}")
 
