@@ -44,18 +44,17 @@ from typing import Literal
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from datasets.distributed import split_dataset_by_node
 from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig
-from transformers import BertTokenizerFast as BertTokenizer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 
@@ -259,10 +258,10 @@ class BowMAE(nn.Module):
         flat_ids, flat_hidden = original_ids.flatten(), hidden.flatten(0, 1)  # (B·L,), (B·L, D)
         logits = mlm_head(self.lm, flat_hidden[masked_positions]).float()  # (M, V)
         losses = {"mlm_loss": F.cross_entropy(logits, flat_ids[masked_positions])}
-        if self.objective == "bow":
+        if self.objective == "bow" or not self.training:  # it is measured for all objectives
             cls_logits = mlm_head(self.lm, hidden[:, 0])  # (B, V)
             losses["bow_loss"] = bow_loss(cls_logits, original_ids, self.special)
-        if self.objective == "enhanced":
+        if self.objective == "enhanced" and self.training:
             embeddings = self.lm.get_input_embeddings()(original_ids)  # (B, L, D)
             decoded = self.decoder(hidden[:, 0], embeddings, attention_mask)  # (B, L, D)
             logits = mlm_head(self.lm, decoded.flatten(0, 1)[word_positions]).float()  # (N, V)
@@ -312,10 +311,7 @@ def docstrings(versions):
 
 @functools.cache
 def python_docs():
-    """The documentation of Python and PACKAGES: some 24,000 rows of _id, query, text, shuffled.
-
-    Repeated texts and queries that name more than one text are left out. Cached by `datasets`.
-    """
+    """Some 24,000 rows of _id, query and text, no two of them equal, shuffled; cached."""
     versions = {name: metadata.version(name) for name in PACKAGES.split()}
     arguments = {"versions": {"python": sys.version} | versions}
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
@@ -363,176 +359,145 @@ def list_files(data):
         found = [file for file in found if not runs & {*file.parents}]
         files = [file for file in found if not OTHER_FILES.search(str(file.relative_to(path)))]
         if len(files) < len(found):
-            left_out = min(set(found) - set(files))
             count = len(found) - len(files)
-            print_once(
-                f"note: {count} hidden, test or validation files are left out: {left_out} ..."
-            )
+            print_once(f"note: {count} hidden, test or validation files are left out")
     elif not files and (is_path(data) or glob.has_magic(data)):
-        files = (
-            [path] if path.is_file() else [Path(name) for name in glob.glob(data, recursive=True)]
-        )
+        names = [data] if path.is_file() else glob.glob(data, recursive=True)
+        files = [Path(name) for name in names]
     elif not files:
         return []
     files = [file for file in files if file.is_file() and file.stat().st_size]
-    if all(file.suffix == ".parquet" for file in files):
-        files = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows]
     formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
     if formats not in FORMATS:
-        known = f"{' '.join(FORMATS)} (all but the last also .gz)"
-        raise UserError(f"--data {data}: found {formats}, not files of one format of {known}")
+        raise UserError(f"--data {data}: found {formats}, not one format of {' '.join(FORMATS)}")
     return sorted(map(str, files))
 
 
-def list_pieces(files):
-    """What shards can read apart, as (file, row group) of .parquet and (file, None) of others."""
+def list_pieces(config, files, num_shards=1, epoch=None):
+    """What shards can read apart, as (name, source, part): the parts of a dataset, or files.
+
+    A part of a .parquet file is a row group. Each epoch has another order of all but tables.
+    """
     pieces = []
     for file in files:
-        row_groups = [None]
         if file_format(file) == ".parquet":
-            row_groups = range(pyarrow.parquet.read_metadata(file).num_row_groups)
-        pieces += [(file, row_group) for row_group in row_groups]
+            parquet = pyarrow.parquet.read_metadata(file)
+            parts = [i for i in range(parquet.num_row_groups) if parquet.row_group(i).num_rows]
+            pieces += [(f"{file}, row group {part}", file, part) for part in parts]
+        else:
+            pieces.append((file, file, None))
+    name, subset, split = (config.data.split(":") + ["", ""])[:3]
+    if not files and (name == "python-docs" or Path(name).is_dir()):
+        table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
+        table = table["train"] if isinstance(table, datasets.DatasetDict) else table
+        count = min(num_shards, len(table))
+        return [(f"{name}, part {i}", table, (count, i)) for i in range(count)]
+    if not files:
+        options = {"split": split or "train", "streaming": True}
+        stream = datasets.load_dataset(name, subset or None, **options)
+        count = stream.num_shards
+        pieces = [(f"{name}, part {i}", stream, (count, i)) for i in range(count)]
+    if epoch is not None:
+        np.random.default_rng([config.seed, epoch]).shuffle(pieces)
     return pieces
 
 
-def parse_record(line, kind):
-    """The record of a line of bytes of a .txt, .tsv or JSON lines file, or of a row of others."""
-    if kind == ".parquet":
-        return line
-    if kind == ".csv":
-        if None in line:
-            raise ValueError("more fields than the header names")
-        return line
+def parse_line(line, kind):
+    """The record of a line of bytes of a .txt, .tsv (an _id and a text) or JSON lines file."""
     text = line.decode("utf-8-sig").rstrip("\r\n")
-    if kind == ".txt":
-        return {"text": text}
     if kind == ".tsv":
-        passage_id, tab, text = text.partition("\t")
+        _, tab, text = text.partition("\t")
         if not tab:
             raise ValueError("no tab between an _id and a text")
-        return {"_id": passage_id, "text": text}
-    if text.lstrip().startswith("["):
-        raise ValueError("an array, not an object a line: convert it to JSON lines")
-    record = json.loads(text)
-    if not isinstance(record, dict):
-        raise ValueError("not an object {...}")
-    return record
+    if kind in (".tsv", ".txt"):
+        return {"text": text}
+    if not text.lstrip().startswith("{"):
+        raise ValueError("not one object {...} a line: convert it to JSON lines")
+    return json.loads(text)
 
 
-def read_records(file, row_group=None, first=0, stride=1, columns=None):
-    """Yield (line number, record) of every stride-th record of a local file, from the first on.
+def read_tables(source, part, columns):
+    """Yield (number, row) of a row group of a .parquet file, or of a part of a dataset."""
+    if isinstance(part, int):
+        tables = pyarrow.parquet.ParquetFile(source).iter_batches(1000, [part], columns)
+    else:
+        dataset = source.select_columns(columns) if columns else source
+        tables = dataset.shard(*part).with_format("arrow").iter(1000)
+    rows = (row for table in tables for row in table.to_pylist())
+    yield from enumerate(rows, 1)
 
-    A .tsv holds an _id and a text; of .parquet a row group is read, and perhaps not all columns.
-    UserError names file and line of what cannot be read.
-    """
-    number, kind = 0, file_format(file)
-    csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
+
+def read_lines(file, kind):
+    """Yield (line number, row) of a .csv file, (line number, line of bytes) of any other."""
+    with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
+        if kind == ".csv":
+            csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
+            rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
+            for row in rows:
+                yield rows.line_num, row
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
+
+
+def read_records(piece, first=0, stride=1, columns=None):
+    """Yield (line number, record) of every stride-th record of a piece, from the first on."""
+    name, source, part = piece
+    number, kind = 0, file_format(name)
     try:
-        with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
-            numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-            if kind == ".csv":
-                rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
-                numbered = ((rows.line_num, row) for row in rows)
-            if kind == ".parquet":
-                options = {"row_groups": [row_group], "columns": columns}
-                batches = pyarrow.parquet.ParquetFile(file).iter_batches(1000, **options)
-                numbered = enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-            for number, line in itertools.islice(numbered, first, None, stride):
-                yield number, parse_record(line, kind)
+        lines = read_lines(source, kind) if part is None else read_tables(source, part, columns)
+        for number, line in itertools.islice(lines, first, None, stride):
+            record = parse_line(line, kind) if isinstance(line, bytes) else line
+            if None in record:
+                raise ValueError("more fields than the header names")
+            yield number, record
     except (ValueError, TypeError, EOFError, OSError, csv.Error, zlib.error) as error:
         place = "after line" if kind == ".csv" else "line"
-        raise UserError(f"{file}, {place} {number}: {error}") from error
+        raise UserError(f"{name}, {place} {number}: {error}") from error
 
 
-def join_columns(record, columns, place):
-    """The columns of a record joined by a space, without null ones; UserError if one is no text."""
-    values = [record[column] for column in columns if record.get(column) is not None]
-    if not all(isinstance(value, str) for value in values):
-        raise UserError(f"{place}: {values!r:.80} in {' '.join(columns)} is not text")
-    text = " ".join(value for value in values if value).strip()
-    return text.encode(errors="replace").decode()  # for half a surrogate pair
+def read_texts(config, files, shard=0, num_shards=1, epoch=None, position=(0, 0)):
+    """Yield (position, text) of one shard of --data: the --text_columns joined by a space.
 
-
-def read_pieces(pieces, columns, first, stride):
-    """Yield {"text": ...} of every stride-th record of each piece, from the first on."""
-    for file, row_group in pieces:
-        place = file if row_group is None else f"{file}, row group {row_group}"
+    A shard reads pieces of its own where there are enough of them; else it reads all, and keeps one
+    record in num_shards. The position after a text is (piece, records read of it), to go on from.
+    """
+    columns = config.text_columns
+    pieces = list_pieces(config, files, num_shards, epoch)
+    if len(pieces) >= num_shards:
+        pieces, shard, num_shards = pieces[shard::num_shards], 0, 1
+    start, done = position
+    for index in range(start, len(pieces)):
+        name = pieces[index][0]
         # Else small pieces would give all their records to the first shards.
-        first_record = (first + zlib.crc32(Path(place).name.encode())) % stride
-        for number, record in read_records(file, row_group, first_record, stride, columns):
-            yield {"text": join_columns(record, columns, f"{place}, line {number}")}
-
-
-def read_texts(config, stream):
-    """Yield the texts of a stream of `datasets`, whose state is then that after the last one.
-
-    The columns are joined here, as `map` of datasets 4.0 makes a stream of known types resume at
-    another text. And `__iter__` would split the stream among workers again.
-    """
-    for batch in stream.iter(batch_size=1):
-        record = {name: values[0] for name, values in batch.items()}
-        yield join_columns(record, list(record), f"--data {config.data}")
-
-
-def open_tables(config, num_shards):
-    """All of --data as a stream, where it is a saved dataset, on the hub, or python-docs."""
-    name, subset, split = (config.data.split(":") + ["", ""])[:3]
-    if name != "python-docs" and not Path(name).is_dir():
-        return datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
-    table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
-    table = table["train"] if isinstance(table, datasets.DatasetDict) else table
-    return table.to_iterable_dataset(num_shards=min(num_shards, len(table)))
-
-
-def open_stream(config, files, shard=0, num_shards=1, epoch=None):
-    """The records of one shard of --data, as a stream of `datasets`, to be read by `read_texts`.
-
-    A shard reads files, row groups or rows of its own where there are enough of them; else it
-    reads all, and keeps one record in num_shards. UserError if --data lacks a column.
-
-    Each epoch has another order of local files and their row groups. It is drawn here, as neither
-    `reshard` nor a `shuffle` that resumes at the same text is in every version of `datasets`.
-    """
-    columns = tuple(config.text_columns)  # a list would be taken for shards
-    pieces = list_pieces(files)
-    if pieces:
-        records = itertools.chain.from_iterable(itertools.starmap(read_records, pieces))
-        found = sorted({name for _, record in itertools.islice(records, 100) for name in record})
-    else:
-        try:
-            stream = open_tables(config, num_shards)
-            found = stream.column_names or sorted(next(iter(stream)))
-        except (ValueError, KeyError, IndexError) as error:
-            raise UserError(f"--data {config.data}: {short_reason(error)}") from error
-    if not set(columns) <= set(found):
-        raise UserError(f"--data {config.data} has the columns {found}, not {' '.join(columns)}")
-    if pieces:
-        if epoch is not None:
-            np.random.default_rng([config.seed, epoch]).shuffle(pieces)
-        own = {"pieces": pieces, "first": shard, "stride": num_shards}
-        if len(pieces) >= num_shards:
-            own = {"pieces": pieces[shard::num_shards], "first": 0, "stride": 1}
-        arguments = {"columns": columns} | own
-        return datasets.IterableDataset.from_generator(read_pieces, gen_kwargs=arguments)
-    stream = stream.select_columns(config.text_columns)
-    if stream.num_shards >= num_shards:
-        return stream.shard(num_shards, shard)
-    return split_dataset_by_node(stream, shard, num_shards)
+        first = (shard + zlib.crc32(Path(name).name.encode())) % num_shards + done * num_shards
+        for number, record in read_records(pieces[index], first, num_shards, columns):
+            values = [record[column] for column in columns if record.get(column) is not None]
+            if not all(isinstance(value, str) for value in values):
+                reason = f"{values!r:.80} in {' '.join(columns)} is not text"
+                raise UserError(f"{name}, line {number}: {reason}")
+            text = " ".join(value for value in values if value).strip()
+            done += 1
+            yield (index, done), text.encode(errors="replace").decode()  # half a surrogate pair
+        done = 0
 
 
 def sample_texts(config, files):
-    """The texts at the start of --data, and the share of all texts to hold out for evaluation.
-
-    The share makes some 100 of these texts, but at most 1 text in 10 and at least 1 in 1000.
-    """
+    """The texts at the start of --data, and the share to hold out: if it can, 100 of these."""
+    try:
+        records = itertools.chain.from_iterable(map(read_records, list_pieces(config, files)))
+        found = {name for _, record in itertools.islice(records, 100) for name in record}
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"--data {config.data}: {short_reason(error)}") from error
+    if not set(config.text_columns) <= found:
+        asked = " ".join(config.text_columns)
+        raise UserError(f"--data {config.data} has the columns {sorted(found)}, not {asked}")
     texts, num_characters = [], 0
-    for text in read_texts(config, open_stream(config, files)):
+    for _, text in read_texts(config, files):
         texts.append(text)
         num_characters += len(text)
         if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
             break
-    if "" in texts:
-        print_once(f"note: {texts.count('')} of the first {len(texts)} texts are empty: skipped")
     if len(texts) < 100:
         print_once(f"note: nothing is held out for evaluation, as there are {len(texts)} texts")
         return texts, 0.0
@@ -590,8 +555,8 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     """The micro-batches of some shards of the data, one of each shard in turn, without end.
 
     What a shard yields depends only on (data, seed, step, shard), not on the process. A micro-batch
-    comes with the position from which its shard resumes: the epoch, the state of `datasets` before
-    the buffer of texts that it is from, and the step of that buffer's first batch.
+    comes with the position from which its shard resumes: the epoch, the position in its data where
+    the buffer of texts begins that it is from, and the step of that buffer's first batch.
     """
 
     def __init__(self, config, tokenizer, files, held_out_share, shards, state):
@@ -609,15 +574,12 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     def read_shard(self, shard):
         """Yield (info, batch) for each step from first_step on."""
         config = self.config
-        epoch, data_state, step = self.positions.get(shard, (0, None, 1))
+        epoch, data_position, step = self.positions.get(shard, (0, (0, 0), 1))
         while True:
             epoch_start = step
-            stream = open_stream(config, self.files, shard, config.num_shards, epoch)
-            if data_state:
-                stream.load_state_dict(data_state)
-            all_texts = read_texts(config, stream)
-            while texts := self.read_buffer(all_texts):
-                position = (epoch, data_state, step)
+            where = (shard, config.num_shards, epoch, data_position)
+            for texts, buffer_end in self.read_buffers(read_texts(config, self.files, *where)):
+                position = (epoch, data_position, step)
                 for sequences in self.make_batches(texts, shard, step):
                     if step >= self.first_step:
                         numbers = np.random.SeedSequence([config.seed, step, shard])
@@ -626,24 +588,26 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                         info["num_tokens"] = sum(len(token_ids) for token_ids, _ in sequences)
                         yield info, collate(sequences, self.tokenizer, config.mask_ratio, seed)
                     step += 1
-                data_state = stream.state_dict()
+                data_position = buffer_end
             if step == epoch_start:
                 message = f"--data {config.data} has too few texts for {config.num_shards} shards"
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
-            epoch, data_state = epoch + 1, None
+            epoch, data_position = epoch + 1, (0, 0)
 
-    def read_buffer(self, all_texts):
-        """The next texts to train on, as many as a buffer takes; [] at the end of the shard."""
-        texts, num_characters = [], 0
-        for text in all_texts:
+    def read_buffers(self, positions_and_texts):
+        """Yield (texts to train on, position after them), as many as a buffer takes."""
+        texts, num_characters, position = [], 0, None
+        for position, text in positions_and_texts:
             if text_hash(text) >= self.held_out_share:
                 # A text longer than a buffer is cut, so that a book does not fill memory.
                 starts = range(0, len(text), BUFFER_CHARACTERS)
                 texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
                 num_characters += len(text)
             if len(texts) >= BUFFER_TEXTS or num_characters >= BUFFER_CHARACTERS:
-                break
-        return texts
+                yield texts, position
+                texts, num_characters = [], 0
+        if texts:
+            yield texts, position
 
     def make_batches(self, texts, shard, first_step):
         """Yield the batches of a buffer, of sequences of like length, in a random order."""
@@ -696,10 +660,7 @@ def make_loader(config, tokenizer, files, held_out_share, state):
         batches = math.ceil(sequences / config.micro_batch_size)
         options["prefetch_factor"] = 2 * batches * share // num_workers
     for info, arrays in torch.utils.data.DataLoader(stream, batch_size=None, **options):
-        batch = BatchEncoding()
-        for name, array in arrays.items():
-            batch[name] = None if array is None else torch.from_numpy(array)
-        yield info, batch
+        yield info, BatchEncoding(torch.utils.data.default_convert(arrays))
 
 
 # ---- tokenizer and model
@@ -741,8 +702,8 @@ def learn_tokenizer(config, texts):
     # Made again of the vocabulary, it adds [CLS] and [SEP], and no piece is a special token.
     wordpiece = BertWordPieceTokenizer(wordpiece.get_vocab(), strip_accents=False)
     backend = Tokenizer.from_str(wordpiece.to_str())
-    length = max(512, config.max_length)
-    return BertTokenizer(tokenizer_object=backend, strip_accents=False, model_max_length=length)
+    options = {"strip_accents": False, "model_max_length": max(512, config.max_length)}
+    return transformers.BertTokenizerFast(tokenizer_object=backend, **options)
 
 
 def fresh_lm(config, tokenizer):
@@ -764,39 +725,32 @@ def load_tokenizer(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
-    if not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token):
-        raise UserError(f"--model {source}: its tokenizer is not fast, or lacks [MASK] or [PAD]")
-    if tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
-        raise UserError(f"--model {source}: its tokenizer puts no [CLS] before a text")
-    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
-        raise UserError(f"--model {source}: the ids of its tokenizer have gaps")
+    is_unfit = not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token)
+    is_unfit = is_unfit or tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id
+    if is_unfit or max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        reasons = "is not fast, lacks [MASK] or [PAD], puts no [CLS] first, or its ids have gaps"
+        raise UserError(f"--model {source}: its tokenizer {reasons}")
     return tokenizer
 
 
 def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
-    """The masked LM of a folder or hub name, in float32; UserError if a trial shows it unfit.
-
-    The head must give the model's own logits for max_length tokens, and each weight a gradient, in
-    the dtype of autocast.
-    """
+    """The masked LM of a folder or hub name; UserError if a trial in this dtype shows it unfit."""
     options = {"dtype": torch.float32, "output_loading_info": True}
     try:
         lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
-        if report["missing_keys"]:
-            raise ValueError(f"it lacks {min(report['missing_keys'])}")
         input_ids = torch.full((1, max_length), len(tokenizer) - 1)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (1, L, V)
             torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
         logits.sum().backward()
-        for name, weight in lm.named_parameters():
-            if weight.grad is None:
-                raise ValueError(f"{name} gets no gradient")
+        unused = [name for name, weight in lm.named_parameters() if weight.grad is None]
+        if report["missing_keys"] or unused:
+            names = [*report["missing_keys"], *unused]
+            raise ValueError(f"{names[0]} is missing or gets no gradient")
     except Exception as error:  # whatever a model that is not meant for this raises
-        raise UserError(
-            f"{source} is damaged, or no masked LM of BERT, RoBERTa, DistilBERT or ModernBERT for "
-            f"--max_length {max_length}: {short_reason(error)}"
-        ) from error
+        heads = "BERT, RoBERTa, DistilBERT or ModernBERT"
+        reason = f"is damaged, or no masked LM of {heads} for --max_length {max_length}"
+        raise UserError(f"{source} {reason}: {short_reason(error)}") from error
     lm.zero_grad()
     return lm
 
@@ -827,22 +781,18 @@ def write_json(path, content):
 
 
 def prepare_output(config):
-    """Make --output and lock it, for as long as the file that is returned stays open."""
+    """Make --output, and lock it while the file that is returned is open."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    run = output / "run.json"
-    if run.exists():
-        is_ours = json.loads(run.read_text()).get("config", {}).keys() == asdict(config).keys()
-    else:
-        is_ours = {path.name for path in output.iterdir()} <= {".lock"}
-    if not is_ours:
+    names = {path.name for path in output.iterdir()} - {".lock"}
+    if names and "run.json" not in names:
         raise UserError(f"--output {output} holds other files: give another folder")
     lock = (output / ".lock").open("a+")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        lock.seek(0)
-        raise UserError(f"--output {output} is in use by {lock.read()}") from error
+        holder = Path(lock.name).read_text()
+        raise UserError(f"--output {output} is in use by {holder}") from error
     lock.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
     return lock
@@ -850,7 +800,7 @@ def prepare_output(config):
 
 def list_checkpoints(output):
     """The folders checkpoint-STEP of a run, the newest last."""
-    folders = [path for path in Path(output).glob("checkpoint-*") if path.name[11:].isdigit()]
+    folders = Path(output).glob("checkpoint-[0-9]*")
     return sorted(folders, key=lambda path: int(path.name[11:]))
 
 
@@ -867,8 +817,7 @@ def load_checkpoint(config):
     for name, value in asdict(config).items():
         before = state["config"].get(name)
         if name not in FREE_FLAGS and value != before:
-            message = f"--output {config.output} holds a run with --{name} {before}, not {value}"
-            raise UserError(f"{message}: give that, or another --output")
+            raise UserError(f"--output {config.output} has a run of --{name} {before}, not {value}")
     return str(checkpoints[-1]), state
 
 
@@ -886,19 +835,19 @@ def write_model(folder, lm, tokenizer, max_length, pooling="cls", similarity="do
         kind = f"sentence_transformers.models.{name}"
         entries.append({"idx": index, "name": str(index), "path": path, "type": kind})
         (folder / path).mkdir(exist_ok=True)
-    write_json(folder / "modules.json", entries)
     # Every mode is written out, as some versions take a missing one for true.
     modes = "cls_token max_tokens mean_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken"
     chosen = {"cls": "cls_token", "mean": "mean_tokens"}[pooling]
-    content = {f"pooling_mode_{mode}": mode == chosen for mode in modes.split()}
-    content["word_embedding_dimension"] = lm.config.hidden_size
-    write_json(folder / "1_Pooling" / "config.json", content)
-    score = {"dot": "dot", "cos": "cosine"}[similarity]
-    write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": score})
-    content = {"max_seq_length": max_length, "do_lower_case": False}
+    pooling_config = {f"pooling_mode_{mode}": mode == chosen for mode in modes.split()}
+    pooling_config["word_embedding_dimension"] = lm.config.hidden_size
+    score = {"similarity_fn_name": {"dot": "dot", "cos": "cosine"}[similarity]}
+    transformer = {"max_seq_length": max_length, "do_lower_case": False}
     if "add_pooling_layer" in inspect.signature(type(lm.base_model)).parameters:
-        content["model_args"] = {"add_pooling_layer": False}
-    write_json(folder / "sentence_bert_config.json", content)
+        transformer["model_args"] = {"add_pooling_layer": False}
+    write_json(folder / "modules.json", entries)
+    write_json(folder / "1_Pooling" / "config.json", pooling_config)
+    write_json(folder / "config_sentence_transformers.json", score)
+    write_json(folder / "sentence_bert_config.json", transformer)
 
 
 def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", similarity="dot"):
@@ -919,18 +868,10 @@ def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", sim
         shutil.rmtree(old)
 
 
-def finish_output(config):
-    """Put the model of the newest checkpoint into --output itself."""
-    state = shutil.ignore_patterns("training_state.pt")
-    newest = list_checkpoints(config.output)[-1]
-    shutil.copytree(newest, config.output, ignore=state, dirs_exist_ok=True)
-
-
-def start_logs(config, device, log_size):
-    """Write run.json, how this start was made, and cut metrics.jsonl to log_size bytes."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    has_git = shutil.which("git") is not None
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if has_git else ""
+def start_logs(config, device, state):
+    """Write run.json, how this start was made, and cut metrics.jsonl to what a checkpoint knows."""
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run("git rev-parse HEAD", shell=True, **options).stdout.strip()
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content = {"config": asdict(config), "argv": sys.argv, "git_commit": commit or None}
     content["versions"] = {name: metadata.version(name) for name in packages}
@@ -938,25 +879,32 @@ def start_logs(config, device, log_size):
     content |= {"device": str(device), "world_size": dist.get_world_size()}
     write_json(Path(config.output, "run.json"), content)
     with Path(config.output, "metrics.jsonl").open("a") as file:
-        file.truncate(min(log_size, file.tell()))
+        file.truncate(min(state.get("log_size", 0), file.tell()))
+    step = state.get("step")
+    if step == config.steps:
+        print(f"this run is finished: {step} steps", flush=True)
+    elif step:
+        print(f"resuming from step {step}", flush=True)
 
 
 def append_metrics(config, record):
-    """Append a line to metrics.jsonl; infinite values and NaN become null."""
-    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-    with Path(config.output, "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append a line to metrics.jsonl; UserError where a value is not finite."""
+    for name, value in record.items():
+        # The scaler of fp16 skips steps whose gradient overflows.
+        is_skipped = name == "grad_norm" and config.precision == "fp16"
+        if not math.isfinite(value) and not is_skipped:
+            reason = f"{name} is {value} at step {record['step']}; earlier checkpoints are whole"
+            raise UserError(f"{reason}: lower --lr or set --precision fp32, with a new --output")
+    if dist.get_rank() == 0:
+        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        with Path(config.output, "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def print_table(rows, columns, title=""):
     """Print an aligned table of numbers, {row: {column: value}}."""
-    first_width = max(map(len, [title, *rows]))
-    width = max(map(len, columns)) + 3
-    print(f"\n{title:<{first_width}}" + "".join(f"{column:>{width}}" for column in columns))
-    for name, values in rows.items():
-        cells = [f"{values[c]:,.{0 if abs(values[c]) >= 100 else 4}f}" for c in columns]
-        line = "".join(f"{cell:>{width}}" for cell in cells)
-        print(f"{name:<{first_width}}{line}", flush=True)
+    table = pd.DataFrame.from_dict(rows, orient="index")[columns].rename_axis(columns=title)
+    print("\n" + table.to_string(float_format="{:,.4f}".format), flush=True)
 
 
 def peak_memory_mb(device):
@@ -969,20 +917,17 @@ def peak_memory_mb(device):
 
 # ---- training
 
-# Defaults of flags that are not given: the paper's values for a pre-trained model, and those of a
-# run of minutes for a fresh one.
-PRETRAINED_DEFAULTS = {"max_length": 144, "steps": 80_000, "batch_size": 256, "lr": 3e-4}
-PRETRAINED_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.1, "adam_beta2": 0.999}
-PRETRAINED_DEFAULTS |= {"workers": 1}
+# Of flags that are not given: for a pre-trained model, and for a fresh one a run of minutes.
+PAPER_DEFAULTS = {"max_length": 144, "steps": 80_000, "batch_size": 256, "lr": 3e-4, "workers": 1}
+PAPER_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.1, "adam_beta2": 0.999}
 FRESH_DEFAULTS = {"max_length": 64, "steps": 1800, "batch_size": 64, "lr": 2e-3, "workers": 0}
 FRESH_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.03, "adam_beta2": 0.98}
 
 
 def parse_config(argv, kind):
     """Parse a command line into a dataclass; UserError for an unknown flag or a bad value."""
-    parser = HfArgumentParser(
-        kind, description=kind.__doc__, allow_abbrev=False, exit_on_error=False
-    )
+    options = {"description": kind.__doc__, "allow_abbrev": False, "exit_on_error": False}
+    parser = HfArgumentParser(kind, **options)
     options = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
         config, unknown = parser.parse_args_into_dataclasses(argv, **options)
@@ -1003,12 +948,10 @@ def check_numbers(config, least):
 
 def complete_config(config):
     """Fill in the flags that were not given, and return them; UserError for impossible values."""
-    table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PRETRAINED_DEFAULTS
+    table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PAPER_DEFAULTS
     table = table | {"warmup_steps": (config.steps or table["steps"]) // 20}
     filled = {name: value for name, value in table.items() if getattr(config, name) is None}
     vars(config).update(filled)
-    for name in ("data", "model", "output"):
-        setattr(config, name, os.path.expanduser(getattr(config, name)))
     check_numbers(config, {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0})
     for name in ("mask_ratio", "adam_beta2"):
         if not 0 < getattr(config, name) < 1:
@@ -1026,9 +969,8 @@ def init_distributed():
     """Join the processes of torchrun, or be a group of one; returns the device of this process."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
-    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    if given and missing:
-        raise UserError(f"{given[0]} is set but {missing[0]} is not: use torchrun, or unset it")
+    if missing and {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        raise UserError(f"{missing[0]} is not set: use torchrun, or unset RANK and WORLD_SIZE")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1085,8 +1027,8 @@ class StopSignal:
 
     def __enter__(self):
         self.received, self.time = 0, math.inf
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self.handlers = {number: signal.signal(number, self.note) for number in numbers}
+        self.terminate = signal.signal(signal.SIGTERM, self.note)
+        self.interrupt = signal.signal(signal.SIGINT, self.note)
         return self
 
     def note(self, number, frame):
@@ -1096,22 +1038,8 @@ class StopSignal:
         self.received, self.time = number, time.monotonic()
 
     def __exit__(self, *exception):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-
-def prepare_data(config):
-    """The files of --data, the texts at its start, and the share of all texts to hold out."""
-    if config.data == "python-docs":
-        print_once("building the corpus, or reading it from the cache")
-        if dist.get_rank() == 0:
-            python_docs()
-        dist.barrier()  # the others find it in the cache
-    files = list_files(config.data)
-    if len(files) > 1:
-        print_once(f"reading {len(files)} files of {config.data}, from {files[0]} to {files[-1]}")
-    texts, held_out_share = sample_texts(config, files)
-    return files, texts, held_out_share
+        signal.signal(signal.SIGTERM, self.terminate)
+        signal.signal(signal.SIGINT, self.interrupt)
 
 
 def prepare_model(config, checkpoint, texts, device):
@@ -1159,15 +1087,13 @@ def evaluate(model, batches, device, autocast):
         batch = batch.to(device)
         original_ids = batch["original_ids"]
         with autocast:
-            mlm_loss = model(**batch)["mlm_loss"]
-            masked_cls = model.encode(batch["input_ids"], batch["attention_mask"])[:, 0]
-            bow = bow_loss(mlm_head(model.lm, masked_cls), original_ids, model.special)
+            losses = model(**batch)
             cls = model.encode(original_ids, batch["attention_mask"])[:, 0]  # of the unmasked text
             coverage = term_coverage(mlm_head(model.lm, cls), original_ids, model.special)
         sums["masked"] += len(batch["masked_positions"])
         sums["sequences"] += len(original_ids)
-        sums["mlm_loss"] += float(mlm_loss) * len(batch["masked_positions"])
-        sums["bow_loss"] += float(bow) * len(original_ids)
+        sums["mlm_loss"] += float(losses["mlm_loss"]) * len(batch["masked_positions"])
+        sums["bow_loss"] += float(losses["bow_loss"]) * len(original_ids)
         sums["coverage"] += float(coverage.sum())
     model.train()
     metrics = {"eval_mlm_loss": sums["mlm_loss"] / sums["masked"]}
@@ -1187,65 +1113,20 @@ def measure_rates(sums, start, device):
     }
 
 
-def check_finite(config, record):
-    """UserError where a loss, or the norm of a gradient, is not finite."""
-    for name, value in record.items():
-        # The scaler of fp16 skips steps whose gradient overflows.
-        is_skipped = name == "grad_norm" and config.precision == "fp16"
-        if not math.isfinite(value) and not is_skipped:
-            message = f"{name} is {value} at step {record['step']}; earlier checkpoints are whole"
-            raise UserError(f"{message}: lower --lr or set --precision fp32, with a new --output")
-
-
-def check_resume(state, file_sizes):
-    """UserError where processes see different checkpoints; a warning of data that has changed."""
-    steps = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, state.get("step", 0))
-    if len(set(steps)) > 1:
-        raise UserError(f"processes see the checkpoints {steps}: put --output on a disk they share")
-    changed = set(file_sizes.items()) ^ set(state.get("file_sizes", file_sizes).items())
-    for file in sorted({file for file, _ in changed}):
-        print_once(f"warning: --data has changed since the checkpoint: {file}")
-
-
-def print_start(config, filled, model, dtype, device, last_step):
-    """Tell which flags were filled in, what is trained, and from where a run resumes."""
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    print_once(f"not given: {' '.join(f'--{name} {value}' for name, value in filled.items())}")
-    print_once(
-        f"{config.objective}: {millions:.2f} M parameters, {config.steps:,} steps of "
-        f"{config.num_shards} x {config.micro_batch_size} sequences of up to {config.max_length} "
-        f"tokens, {dist.get_world_size()} process(es), {device}, {dtype}, output {config.output}"
-    )
-    if last_step == config.steps:
-        print_once(f"this run is finished: {last_step} steps")
-    elif last_step:
-        print_once(f"resuming from step {last_step}")
-
-
-def show_progress(bar, record):
-    """Show the losses, the rate and the epoch of a log line in the progress bar."""
-    shown = [f"{name} {value:.3f}" for name, value in record.items() if name.endswith("_loss")]
-    shown += [f"{record['tokens_per_second']:,.0f} tokens/s", f"epoch {record['epoch']}"]
-    bar.set_postfix_str(", ".join(shown))
-
-
-def print_results(config):
-    """Print the held-out metrics before and after training."""
-    lines = Path(config.output, "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
-    if records:
-        columns = ["eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"]
-        print_table({"before": records[0], "after": records[-1]}, columns, "held-out")
-
-
 def end_run(config, step, stops, stop_signal, lock):
-    """Put the model into --output; or say that a signal has stopped the run, and exit so."""
+    """Put the newest model into --output; or say that a signal has stopped the run, and exit so."""
+    output = Path(config.output)
     if stops:
         print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
     elif dist.get_rank() == 0:
-        finish_output(config)
-        print(f"model saved in {config.output}", flush=True)
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
+        if records:
+            columns = ["eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"]
+            print_table({"before": records[0], "after": records[-1]}, columns, "held-out")
+        state = shutil.ignore_patterns("training_state.pt")
+        shutil.copytree(list_checkpoints(output)[-1], output, ignore=state, dirs_exist_ok=True)
+        print(f"model saved in {output}", flush=True)
     dist.barrier()  # torchrun ends the others at the first exit
     if lock:
         lock.close()
@@ -1253,16 +1134,19 @@ def end_run(config, step, stops, stop_signal, lock):
         sys.exit(128 + (stop_signal.received or signal.SIGTERM))
 
 
-def train(config, filled, device):
+def train(config, device):
     """Pre-train to --steps, from the newest checkpoint or the start; the model ends in --output."""
     # Output, checkpoint and data.
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lock = prepare_output(config) if rank == 0 else None
     checkpoint, state = load_checkpoint(config)
-    files, texts, held_out_share = prepare_data(config)
-    file_sizes = {file: os.path.getsize(file) for file in files}
-    check_resume(state, file_sizes)
+    files = list_files(config.data)
+    texts, held_out_share = sample_texts(config, files)
     held_out_share = state.get("held_out_share", held_out_share)
+    file_sizes = {file: os.path.getsize(file) for file in files}
+    changed = file_sizes.items() ^ state.get("file_sizes", file_sizes).items()
+    for file in sorted({file for file, _ in changed}):
+        print_once(f"warning: --data has changed since the checkpoint: {file}")
 
     # Model, optimizer and loader.
     tokenizer, model = prepare_model(config, checkpoint, texts, device)
@@ -1279,13 +1163,18 @@ def train(config, filled, device):
     held_out = held_out_batches(config, tokenizer, texts, held_out_share)
     del texts
 
-    step = last_step = state.get("step", 0)
-    print_start(config, filled, model, dtype, device, last_step)
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print_once(
+        f"{config.objective}: {millions:.2f} M parameters, {config.steps:,} steps of "
+        f"{config.num_shards} x {config.micro_batch_size} sequences of up to {config.max_length} "
+        f"tokens, {world_size} process(es), {device}, {dtype}, output {config.output}"
+    )
     if rank == 0:
-        start_logs(config, device, state.get("log_size", 0))
+        start_logs(config, device, state)
     if rank == 0 and held_out and not checkpoint:
         append_metrics(config, {"step": 0} | evaluate(model, held_out, device, autocast))
 
+    step = last_step = state.get("step", 0)
     num_micro_batches = config.num_shards // world_size
     positions = {}  # from which the shards of this process resume
     counts = Counter()  # sums since the last line of the log
@@ -1340,16 +1229,15 @@ def train(config, filled, device):
             record |= {name: sums[name] / world_size for name in step_losses}
             record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
             record |= measure_rates(sums, start, device)  # the sum has waited for the device
-            check_finite(config, record)
-            show_progress(bar, record)
-            if rank == 0:
-                append_metrics(config, record)
+            append_metrics(config, record)
+            shown = [f"{name} {value:.3f}" for name, value in record.items() if "_loss" in name]
+            shown += [f"{record['tokens_per_second']:,.0f} tokens/s", f"epoch {record['epoch']}"]
+            bar.set_postfix_str(", ".join(shown))
 
             # Evaluate.
             if evaluates and held_out and rank == 0:
-                record = {"step": step} | evaluate(model, held_out, device, autocast)
-                check_finite(config, record)
-                append_metrics(config, record)
+                metrics = evaluate(model, held_out, device, autocast)
+                append_metrics(config, {"step": step} | metrics)
 
             # Save.
             stops = sums["stops"] > 0
@@ -1367,9 +1255,6 @@ def train(config, filled, device):
             counts.clear()
             start = time.perf_counter()
 
-    # End.
-    if rank == 0 and not stops:
-        print_results(config)
     end_run(config, step, stops, stop_signal, lock)
 
 
@@ -1379,13 +1264,14 @@ def train(config, filled, device):
 def bench(config, device):
     """Train the objectives by turns on the same batches, and print what each of them costs.
 
-    Medians of ten rounds of four steps, the first two uncounted, back and forth so that none always
+    Medians of rounds of four steps, the first two uncounted, back and forth so that none always
     comes first. Memory is what steps take beyond the weights on a GPU, else the process's peak.
     """
     dtype = compute_dtype(config.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    files, texts, _ = prepare_data(config)
-    runs = {}
+    files = list_files(config.data)
+    texts, _ = sample_texts(config, files)
+    runs, seconds, memory = {}, defaultdict(list), {}
     for objective in ("mlm", "bow", "enhanced"):
         own = replace(config, objective=objective)
         tokenizer, model = prepare_model(own, None, texts, device)
@@ -1394,13 +1280,13 @@ def bench(config, device):
     num_micro_batches = config.num_shards // dist.get_world_size()
     micro_batches = [next(loader) for _ in range(4 * num_micro_batches)]
 
-    seconds, memory = defaultdict(list), {}
     for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
         for objective in runs if turn % 2 == 0 else reversed(runs):
             ddp, optimizer = runs[objective]
+            memory_before = 0.0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            memory_before = peak_memory_mb(device) if device.type == "cuda" else 0.0
+                memory_before = peak_memory_mb(device)
             start = time.perf_counter()
             for index, (_, batch) in enumerate(micro_batches, 1):
                 ddp.require_backward_grad_sync = index % num_micro_batches == 0
@@ -1420,35 +1306,29 @@ def bench(config, device):
     for objective in runs:
         median = np.median(seconds[objective][2:])
         ratios = np.array(seconds["mlm"][2:]) / seconds[objective][2:]
-        rows[objective] = {"samples/s": 4 * config.batch_size / median}
-        rows[objective]["tokens/s"] = tokens["tokens"] / median
-        rows[objective] |= {"x mlm": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
-        rows[objective]["peak MB"] = memory[objective]
+        row = {"samples/s": 4 * config.batch_size / median, "tokens/s": tokens["tokens"] / median}
+        row |= {"x mlm": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
+        rows[objective] = row | {"peak MB": memory[objective]}
     if dist.get_rank() == 0:
         print_table(rows, list(rows["mlm"]), f"{device}, {dtype}")
 
 
 # ---- command line
 
-EXPECTED_ERRORS = (UserError, OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException)
 
-
-def run_command(command, *arguments):
-    """Run a command. An error that a user can mend becomes one line and exit code 2.
+@contextlib.contextmanager
+def errors_in_one_line():
+    """Print an error that a user can mend as one line, and exit with code 2.
 
     Under torchrun the first process prints such an error at once. Any other waits five seconds,
     in which torchrun ends the other processes: so nothing is printed once for each of them.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity_error()
-    shows_bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
     try:
-        command(*arguments)
+        yield
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # frees the loader, so that its processes end
-        is_expected = isinstance(error, EXPECTED_ERRORS)
+        is_expected = isinstance(error, (UserError, OSError))
         if world_size > 1 and (rank > 0 or not is_expected):
             time.sleep(5)
         if not is_expected:
@@ -1456,30 +1336,28 @@ def run_command(command, *arguments):
         print(f"error: {short_reason(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        datasets.logging.set_verbosity(level)
-        if shows_bars:
-            transformers.logging.enable_progress_bar()
         if world_size == 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def pretrain(argv):
-    """Train or measure, as the flags say."""
+@errors_in_one_line()
+def main(argv=None):
+    """Train or measure, as the flags of a command line say."""
     config = parse_config(argv, Config)
     device = init_distributed()
     filled = complete_config(config)
-    if config.bench:
-        bench(config, device)
-    else:
-        train(config, filled, device)
-
-
-def main(argv=None):
-    """Pre-train with the flags of a command line."""
-    run_command(pretrain, argv)
+    print_once(f"not given: {' '.join(f'--{name} {value}' for name, value in filled.items())}")
+    if config.data == "python-docs":
+        print_once("building the corpus, or reading it from the cache")
+        if dist.get_rank() == 0:
+            python_docs()
+        dist.barrier()  # the others find it in the cache
+    command = bench if config.bench else train
+    command(config, device)
 
 
 if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()  # it would cut the bar of the run in two
     main()
     # All work is done. Threads that gloo leaves behind would abort some exits of Python.
     sys.stdout.flush()

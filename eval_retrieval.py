@@ -41,6 +41,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from datasets.fingerprint import Hasher
 from torch import nn
 from tqdm import tqdm
@@ -916,11 +917,8 @@ def finetune(config, device):
         f"{config.steps} steps, {config.warmup_steps} of them warm-up, of {config.batch_size} of "
         f"{len(training.queries):,} queries, with 1 + {config.negatives} passages each"
     )
-    if checkpoint:
-        done = "this run is finished" if last_step == config.steps else "resuming"
-        print_once(f"{done}: {last_step} steps are saved in {config.output}")
     if rank == 0:
-        bow_mae.start_logs(config, device, state.get("log_size", 0))
+        bow_mae.start_logs(config, device, state)
 
     counts = Counter()  # since the last line of the log
     stops = False
@@ -975,10 +973,8 @@ def finetune(config, device):
                 record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item()}
                 record |= {"lr": lr, "grad_norm": grad_norm.item()}
                 record |= bow_mae.measure_rates(sums, start, device)
-                bow_mae.check_finite(config, record)
+                bow_mae.append_metrics(config, record)
                 bar.set_postfix(loss=record["loss"], epoch=record["epoch"])
-                if rank == 0:
-                    bow_mae.append_metrics(config, record)
                 stops = sums["stops"] > 0
                 counts.clear()
                 start = time.perf_counter()
@@ -1206,21 +1202,18 @@ def parse_command(argv):
     return command, config, filled
 
 
-def run(argv):
+@bow_mae.errors_in_one_line()
+def main(argv=None):
     """Run the command of a command line, or the recipe."""
-    command, config, filled = parse_command(argv)
+    command, config, filled = parse_command(sys.argv[1:] if argv is None else argv)
     device = bow_mae.init_distributed()
     if filled:
         print_once(f"not given: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
     command(config, device)
 
 
-def main(argv=None):
-    """Run a command; exits with 2 and one line on an error that the user can mend."""
-    bow_mae.run_command(run, sys.argv[1:] if argv is None else argv)
-
-
 if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()
     main()
     # All work is done. Threads that gloo leaves behind would abort some exits of Python.
     sys.stdout.flush()

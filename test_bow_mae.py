@@ -597,14 +597,12 @@ def files_opened(config, tokenizer):
         with pytest.MonkeyPatch.context() as patch:
             read = bow_mae.read_records
 
-            def noted(file, *arguments, read=read, paths=paths):
-                paths.append(Path(file).name)
-                return read(file, *arguments)
+            def noted(piece, *arguments, read=read, paths=paths):
+                paths.append(Path(piece[0]).name)
+                return read(piece, *arguments)
 
             patch.setattr(bow_mae, "read_records", noted)
-            stream = bow_mae.open_stream(config, files, shard, config.num_shards)
-            paths.clear()  # of the look at the columns
-            assert len(list(stream)) > 0
+            assert len(list(bow_mae.read_texts(config, files, shard, config.num_shards))) > 0
         opened.append(paths)
     return opened
 
@@ -624,9 +622,9 @@ def test_a_shard_reads_its_own_row_groups_alone(named, tmp_path):
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_dict({"text": texts}).to_parquet(path, batch_size=250)
     config = Config(data=str(path), batch_size=8, micro_batch_size=2)
-    streams = [bow_mae.open_stream(config, [str(path)], shard, 4) for shard in range(4)]
-    assert [stream.num_shards for stream in streams] == [3] * 4
-    read = [[record["text"] for record in stream] for stream in streams]
+    read = []
+    for shard in range(4):
+        read.append([text for _, text in bow_mae.read_texts(config, [str(path)], shard, 4)])
     row_groups = [texts[start : start + 250] for start in range(0, 3000, 250)]
     assert read == [list(itertools.chain(*row_groups[shard::4])) for shard in range(4)]
 
@@ -639,8 +637,8 @@ def test_the_order_of_files_is_another_in_each_epoch(named, tmp_path):
     config = Config(data=str(folder), max_length=64, batch_size=4, micro_batch_size=4)
     orders = []
     for epoch in range(4):
-        stream = bow_mae.open_stream(config, bow_mae.list_files(config.data), epoch=epoch)
-        words = [record["text"].split()[0] for record in stream]
+        stream = bow_mae.read_texts(config, bow_mae.list_files(config.data), epoch=epoch)
+        words = [text.split()[0] for _, text in stream]
         orders.append([word for word in words if word in firsts])
     assert all(sorted(order) == sorted(firsts) for order in orders)
     assert len(set(map(tuple, orders))) == 4
@@ -703,7 +701,7 @@ def test_small_files_are_shared_by_all_shards(tmp_path):
     data = write_parts(tmp_path / "data", make_texts(120, longest=5), 40, write_text_file)
     config = Config(data=str(data), batch_size=64, micro_batch_size=1)
     files = bow_mae.list_files(config.data)
-    counts = [len(list(bow_mae.open_stream(config, files, shard, 64))) for shard in range(64)]
+    counts = [len(list(bow_mae.read_texts(config, files, shard, 64))) for shard in range(64)]
     assert sum(counts) == 120 and max(counts) < 10
 
 
@@ -744,10 +742,8 @@ def test_a_book_does_not_fill_a_buffer(named, monkeypatch, tmp_path):
     monkeypatch.setattr(bow_mae, "BUFFER_CHARACTERS", 5000)
     stream = PretrainingStream(Config(), tokenizer, [], 0.0, [0], {})
     book = " ".join(texts[:400])
-    buffers = []
-    long_texts = iter(["a" * 4000, "b" * 4000, book])
-    while texts := stream.read_buffer(long_texts):
-        buffers.append(texts)
+    long_texts = enumerate(["a" * 4000, "b" * 4000, book])
+    buffers = [texts for texts, _ in stream.read_buffers(long_texts)]
     assert [len(buffer) for buffer in buffers] == [2, math.ceil(len(book) / 5000)]
     assert "".join(buffers[1]) == book and max(map(len, buffers[1])) == 5000
 
@@ -821,7 +817,8 @@ def test_an_empty_parquet_file_is_passed_over(tmp_path):
 
 def test_a_carriage_return_in_a_passage_does_not_end_it(tmp_path):
     (tmp_path / "collection.tsv").write_bytes(b"0\tba ke\rlodi\n1\t\n2\tmu\tpri\n")
-    records = [record["text"] for _, record in bow_mae.read_records(tmp_path / "collection.tsv")]
+    path = str(tmp_path / "collection.tsv")
+    records = [record["text"] for _, record in bow_mae.read_records((path, path, None))]
     assert records == ["ba ke\rlodi", "", "mu\tpri"]
 
 
@@ -856,8 +853,8 @@ def test_text_columns_are_joined_and_may_be_null(tmp_path):
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "ba \\ud83d ke"}\n')
-    (record,) = bow_mae.read_pieces([(tmp_path / "a.jsonl", None)], ("text",), 0, 1)
-    assert record == {"text": "ba ? ke"}
+    ((_, text),) = bow_mae.read_texts(Config(), [str(tmp_path / "a.jsonl")])
+    assert text == "ba ? ke"
 
 
 @pytest.mark.parametrize(
@@ -1508,12 +1505,6 @@ def test_of_20_texts_none_is_held_out(workplace, capfd):
     assert "nothing is held out" in capfd.readouterr().out and not records("out", "eval_mlm_loss")
 
 
-def test_empty_texts_are_counted(workplace, capfd):
-    texts = make_texts(150) + [""] * 7
-    train("--data", write_jsonl("a.jsonl", texts), "--output", "out", "--steps", 5)
-    assert "7 of the first 157 texts are empty" in capfd.readouterr().out
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -1527,11 +1518,6 @@ def test_the_folder_of_another_run_is_refused(flags, message, unbroken, corpus, 
     error = error_of(capfd, "--data", corpus, "--output", unbroken, *flags.split())
     after = {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
     assert message in error and after == before
-
-
-def test_the_folder_of_the_other_script_is_refused(unbroken, tmp_path, capfd):
-    flags = ["evaluate", "--model", "bm25", "--output", unbroken]
-    assert "holds other files" in error_of(capfd, *flags, main=eval_retrieval.main)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1583,8 +1569,8 @@ def test_a_bug_of_ours_keeps_its_traceback(workplace):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK is set but LOCAL_RANK is not"),
-        ({"WORLD_SIZE": "3"}, "WORLD_SIZE is set but RANK is not"),  # --batch_size is not to blame
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "3"}, "RANK is not set"),  # --batch_size is not to blame
     ],
 )
 def test_a_part_of_what_torchrun_sets_gives_one_line(given, message, corpus, tmp_path):
@@ -2354,7 +2340,7 @@ def test_a_broken_fine_tuning_goes_on_bit_for_bit(finetuned, tmp_path, monkeypat
     assert "broken" in retrieval_error(capfd, *flags, "--output", tmp_path)
     monkeypatch.setattr(bow_mae, "learning_rate", rate)
     retrieval(*flags, "--output", tmp_path, "--workers", 2)
-    assert "resuming: 4 steps" in capfd.readouterr().out
+    assert "resuming from step 4" in capfd.readouterr().out
     assert same_weights(tmp_path, output)
     assert [row["loss"] for row in read_log(tmp_path)] == [row["loss"] for row in read_log(output)]
     retrieval(*flags, "--output", tmp_path)
@@ -2642,8 +2628,8 @@ def test_the_sample_records_of_the_readme_are_read(tmp_path, monkeypatch):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(content)
     for name in ("texts.jsonl", "texts.csv", "texts.txt"):
-        stream = bow_mae.open_stream(Config(data=name), bow_mae.list_files(name))
-        assert [record["text"] for record in stream][-1].startswith("A table")
+        texts = [text for _, text in bow_mae.read_texts(Config(data=name), [name])]
+        assert texts[-1].startswith("A table")
     for data, split in (("mydata", "test"), ("msmarco", "dev"), ("nq", "test")):
         task = eval_retrieval.load_task(RetrievalConfig(data=data), split)
         assert len(task.passages) == 1 and list(task.queries.values()) == ["what is csv"]
