@@ -278,6 +278,7 @@ class UserError(Exception):
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # all but the last also .gz
 CORPORA = ("corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz")
 OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)", re.I)
+BAD_DATA = (ValueError, TypeError, RecursionError, EOFError, OSError, csv.Error, zlib.error)
 PACKAGES = "pandas numpy networkx transformers torch sympy datasets huggingface_hub"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # of the data's start, see sample_texts
@@ -451,7 +452,7 @@ def read_records(piece, first=0, stride=1, columns=None):
             if None in record:
                 raise ValueError("more fields than the header names")
             yield number, record
-    except (ValueError, TypeError, EOFError, OSError, csv.Error, zlib.error) as error:
+    except BAD_DATA as error:
         place = "after line" if kind == ".csv" else "line"
         raise UserError(f"{name}, {place} {number}: {error}") from error
 
@@ -870,8 +871,10 @@ def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", sim
 
 def start_logs(config, device, state):
     """Write run.json, how this start was made, and cut metrics.jsonl to what a checkpoint knows."""
-    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    commit = subprocess.run("git rev-parse HEAD", shell=True, **options).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content = {"config": asdict(config), "argv": sys.argv, "git_commit": commit or None}
     content["versions"] = {name: metadata.version(name) for name in packages}
@@ -1140,6 +1143,10 @@ def train(config, device):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lock = prepare_output(config) if rank == 0 else None
     checkpoint, state = load_checkpoint(config)
+    last_steps = [None] * world_size
+    dist.all_gather_object(last_steps, state.get("step", 0))
+    if len(set(last_steps)) > 1:
+        raise UserError(f"processes see checkpoints {last_steps}: put --output on a shared disk")
     files = list_files(config.data)
     texts, held_out_share = sample_texts(config, files)
     held_out_share = state.get("held_out_share", held_out_share)

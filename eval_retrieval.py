@@ -179,7 +179,7 @@ def read_file(path):
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.startswith("id\ttext\ttitle"):  # DPR's header
                     yield f"{path}, line {number}", parse_line(line, number, path.name)
-    except (ValueError, SyntaxError, RecursionError, EOFError, csv.Error, zlib.error) as error:
+    except (SyntaxError, *bow_mae.BAD_DATA) as error:
         raise UserError(f"{path}, line {number}: {error}") from error
 
 
