@@ -1495,7 +1495,8 @@ KINDS = [(True, "cls", "dot"), (False, "mean", "cos")]
 @pytest.mark.parametrize("has_head, pooling, similarity", KINDS)
 def test_vectors_are_those_of_a_plain_loop(has_head, pooling, similarity, tmp_path):
     """With pooling and similarity of the folder, and with those of the flags."""
-    source, texts = write_model(tmp_path, has_head, pooling, similarity), TEXTS[:99]
+    source = write_model(tmp_path, has_head, pooling, similarity)
+    texts = make_texts(99, longest=12)
     for flags in ({}, {"pooling": "mean", "similarity": "dot"}):
         expected = plain_vectors(source, texts, *(flags.values() or (pooling, similarity)))
         np.testing.assert_allclose(our_vectors(source, texts, **flags)[0], expected, atol=1e-5)
