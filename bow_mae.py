@@ -7,7 +7,7 @@ baselines are trained by the same script: `mlm`, and `enhanced` (RetroMAE's deco
 
     torchrun bow_mae.py  # a small BERT from scratch, on the documentation of Python packages
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data corpus.jsonl
-The same command again resumes a run. Read the method first, `train`, then `PretrainingStream`.
+The same command again resumes a run. Reading order: the method, `train`, `PretrainingStream`.
 """
 
 import argparse
@@ -60,7 +60,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 @dataclass
 class Config:
-    """Pre-train a masked LM with bag-of-word prediction. Unset flags depend on --model."""
+    """Pre-train a masked LM with bag-of-word prediction; `complete_config` fills in unset flags."""
 
     # Data and model.
     data: str = HfArg(default="python-docs", help="python-docs, file, folder, glob or hub dataset")
@@ -84,7 +84,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="of autocast")
     compile: bool = HfArg(default=False, help="use torch.compile")
     seed: int = HfArg(default=0, help="of weights, order of the data, masks and dropout")
-    workers: int | None = HfArg(default=None, help="data-loader processes of each process")
+    workers: int | None = HfArg(default=None, help="data-loader processes of a training process")
     output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, logs and model")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
     keep: int = HfArg(default=2, help="newest checkpoints that are kept")
@@ -94,7 +94,7 @@ class Config:
 
     @property
     def num_shards(self) -> int:
-        """Micro-batches of a step. The data has a shard for each: shard i gives number i."""
+        """Micro-batches of a step; the data is split into as many shards, i comes from shard i."""
         return self.batch_size // self.micro_batch_size
 
 
@@ -116,20 +116,20 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
 
     # A clause in a script without spaces is one word to many tokenizers. Words of more than 8
     # tokens are therefore masked token by token: each of their tokens is a unit of its own.
-    word_sizes = word_ids.new_zeros(len(word_ids), int(word_ids.max()) + 1)  # (B, W)
+    word_sizes = word_ids.new_zeros(len(word_ids), int(word_ids.max()) + 1)  # (B, 1 + words)
     word_sizes = word_sizes.scatter_add(1, word_ids, torch.ones_like(word_ids))
     is_long = word_sizes.gather(1, word_ids) > 8  # (B, L)
-    previous_ids = F.pad(word_ids * is_word, (1, 0))[:, :-1]  # (B, L)
-    starts_unit = is_word & (is_long | (word_ids != previous_ids))
+    previous_word_ids = F.pad(word_ids * is_word, (1, 0))[:, :-1]  # (B, L) of the token before
+    starts_unit = is_word & (is_long | (word_ids != previous_word_ids))
     units = starts_unit.cumsum(1) * is_word  # (B, L) counts the units from 1
 
     # Give each unit a random number, and choose those with the lowest.
     num_units = starts_unit.sum(1, keepdim=True)  # (B, 1)
     num_chosen = (mask_ratio * num_units).round().clamp(min=1)
-    columns = torch.arange(input_ids.shape[1] + 1, device=device)  # 0: tokens in no unit
-    draws = torch.rand(len(input_ids), len(columns), generator=generator, device=device)
-    draws = draws.masked_fill((columns == 0) | (columns > num_units), 2.0)  # (B, L + 1)
-    is_chosen_unit = draws.argsort(1).argsort(1) < num_chosen
+    unit_ids = torch.arange(input_ids.shape[1] + 1, device=device)  # 0: tokens in no unit
+    draws = torch.rand(len(input_ids), len(unit_ids), generator=generator, device=device)
+    draws = draws.masked_fill((unit_ids == 0) | (unit_ids > num_units), 2.0)  # (B, L + 1), last
+    is_chosen_unit = draws.argsort(1).argsort(1) < num_chosen  # argsort of argsort is the rank
     chosen = is_chosen_unit.gather(1, units) & is_word  # (B, L)
 
     # Replace the chosen tokens.
@@ -181,7 +181,7 @@ def term_coverage(cls_logits, input_ids, special):
 
 
 def mlm_head(lm, hidden):
-    """f: the model's own masked-LM head, (..., D) to (..., V); TypeError if it is none of these."""
+    """f: a model's own masked-LM head, (..., D) to (..., V); TypeError for any other family."""
     if hasattr(lm, "cls"):  # BERT
         return lm.cls(hidden)
     if hasattr(lm, "lm_head") and not lm.config.is_encoder_decoder:  # RoBERTa, XLM-R
@@ -198,8 +198,8 @@ class EnhancedDecoder(nn.Module):
     """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline.
 
     Queries are h_CLS + positions, keys and values the unmasked tokens' embeddings (h_CLS for
-    [CLS]) + positions. Token i sees position 0 and a random half of the others, never itself.
-    One draw on the device makes the mask, which takes the original most of its time, in Python.
+    [CLS]) + positions. Token i sees position 0 and a random half of the others, not itself. The
+    original draws this mask in Python, which takes most of its time; here it is one draw on device.
     """
 
     def __init__(self, lm, max_length):
@@ -235,7 +235,7 @@ class EnhancedDecoder(nn.Module):
 
 
 class BowMAE(nn.Module):
-    """A masked LM and its losses. `bow` adds no parameter; `enhanced` adds a decoder to train."""
+    """A masked LM and its losses, which `train` adds up; only `enhanced` adds parameters."""
 
     def __init__(self, lm, special, objective, max_length):
         super().__init__()
@@ -258,7 +258,7 @@ class BowMAE(nn.Module):
         flat_ids, flat_hidden = original_ids.flatten(), hidden.flatten(0, 1)  # (B·L,), (B·L, D)
         logits = mlm_head(self.lm, flat_hidden[masked_positions]).float()  # (M, V)
         losses = {"mlm_loss": F.cross_entropy(logits, flat_ids[masked_positions])}
-        if self.objective == "bow" or not self.training:  # it is measured for all objectives
+        if self.objective == "bow" or not self.training:  # evaluation reports it for all
             cls_logits = mlm_head(self.lm, hidden[:, 0])  # (B, V)
             losses["bow_loss"] = bow_loss(cls_logits, original_ids, self.special)
         if self.objective == "enhanced" and self.training:
@@ -457,20 +457,20 @@ def read_records(piece, first=0, stride=1, columns=None):
         raise UserError(f"{name}, {place} {number}: {error}") from error
 
 
-def read_texts(config, files, shard=0, num_shards=1, epoch=None, position=(0, 0)):
-    """Yield (position, text) of one shard of --data: the --text_columns joined by a space.
+def read_texts(config, files, shard=0, num_shards=1, epoch=None, data_position=(0, 0)):
+    """Yield (data position, text) of one shard of --data: the --text_columns joined by a space.
 
     A shard reads pieces of its own where there are enough of them; else it reads all, and keeps one
-    record in num_shards. The position after a text is (piece, records read of it), to go on from.
+    record in num_shards. A data position is (piece, records read of it): where to go on.
     """
     columns = config.text_columns
     pieces = list_pieces(config, files, num_shards, epoch)
     if len(pieces) >= num_shards:
         pieces, shard, num_shards = pieces[shard::num_shards], 0, 1
-    start, done = position
+    start, done = data_position
     for index in range(start, len(pieces)):
         name = pieces[index][0]
-        # Else small pieces would give all their records to the first shards.
+        # Each piece starts at another shard: else small ones would feed the first shards alone.
         first = (shard + zlib.crc32(Path(name).name.encode())) % num_shards + done * num_shards
         for number, record in read_records(pieces[index], first, num_shards, columns):
             values = [record[column] for column in columns if record.get(column) is not None]
@@ -479,12 +479,12 @@ def read_texts(config, files, shard=0, num_shards=1, epoch=None, position=(0, 0)
                 raise UserError(f"{name}, line {number}: {reason}")
             text = " ".join(value for value in values if value).strip()
             done += 1
-            yield (index, done), text.encode(errors="replace").decode()  # half a surrogate pair
+            yield (index, done), text.encode(errors="replace").decode()  # a lone surrogate
         done = 0
 
 
 def sample_texts(config, files):
-    """The texts at the start of --data, and the share to hold out: if it can, 100 of these."""
+    """The texts at the start of --data, and the share to hold out: some 100, at most 1 in 10."""
     try:
         records = itertools.chain.from_iterable(map(read_records, list_pieces(config, files)))
         found = {name for _, record in itertools.islice(records, 100) for name in record}
@@ -535,7 +535,7 @@ def cut_sequences(texts, tokenizer, max_length):
 
 
 def collate(sequences, tokenizer, mask_ratio, seed):
-    """A micro-batch of B sequences, padded to the longest and masked, for `BowMAE.forward`."""
+    """The arguments of `BowMAE.forward` for B sequences, padded to the longest, and masked."""
     pad = nn.utils.rnn.pad_sequence
     token_ids = [torch.tensor(token_ids) for token_ids, _ in sequences]
     attention_mask = pad([torch.ones_like(row) for row in token_ids], batch_first=True)  # (B, L)
@@ -556,8 +556,8 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     """The micro-batches of some shards of the data, one of each shard in turn, without end.
 
     What a shard yields depends only on (data, seed, step, shard), not on the process. A micro-batch
-    comes with the position from which its shard resumes: the epoch, the position in its data where
-    the buffer of texts begins that it is from, and the step of that buffer's first batch.
+    comes with the position from which its shard resumes: the epoch, the data position where its
+    buffer of texts begins, and the step of that buffer's first batch.
     """
 
     def __init__(self, config, tokenizer, files, held_out_share, shards, state):
@@ -582,33 +582,33 @@ class PretrainingStream(torch.utils.data.IterableDataset):
             for texts, buffer_end in self.read_buffers(read_texts(config, self.files, *where)):
                 position = (epoch, data_position, step)
                 for sequences in self.make_batches(texts, shard, step):
-                    if step >= self.first_step:
+                    if step >= self.first_step:  # a resumed run skips what its buffer has given
                         numbers = np.random.SeedSequence([config.seed, step, shard])
-                        seed, model_seed = numbers.generate_state(2).tolist()
-                        info = {"shard": shard, "position": position, "seed": model_seed}
+                        mask_seed, dropout_seed = numbers.generate_state(2).tolist()
+                        info = {"shard": shard, "position": position, "seed": dropout_seed}
                         info["num_tokens"] = sum(len(token_ids) for token_ids, _ in sequences)
-                        yield info, collate(sequences, self.tokenizer, config.mask_ratio, seed)
+                        yield info, collate(sequences, self.tokenizer, config.mask_ratio, mask_seed)
                     step += 1
                 data_position = buffer_end
             if step == epoch_start:
-                message = f"--data {config.data} has too few texts for {config.num_shards} shards"
+                message = f"--data {config.data}: no text for shard {shard} of {config.num_shards}"
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
             epoch, data_position = epoch + 1, (0, 0)
 
     def read_buffers(self, positions_and_texts):
-        """Yield (texts to train on, position after them), as many as a buffer takes."""
-        texts, num_characters, position = [], 0, None
-        for position, text in positions_and_texts:
+        """Yield (texts to train on, data position after them), as many as a buffer takes."""
+        texts, num_characters, data_position = [], 0, None
+        for data_position, text in positions_and_texts:
             if text_hash(text) >= self.held_out_share:
                 # A text longer than a buffer is cut, so that a book does not fill memory.
                 starts = range(0, len(text), BUFFER_CHARACTERS)
                 texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
                 num_characters += len(text)
             if len(texts) >= BUFFER_TEXTS or num_characters >= BUFFER_CHARACTERS:
-                yield texts, position
+                yield texts, data_position
                 texts, num_characters = [], 0
         if texts:
-            yield texts, position
+            yield texts, data_position
 
     def make_batches(self, texts, shard, first_step):
         """Yield the batches of a buffer, of sequences of like length, in a random order."""
@@ -643,7 +643,7 @@ def exit_with(parent):
 
 
 def to_arrays(item):
-    """A micro-batch as arrays: a worker hands on a tensor by a file, which takes it longer."""
+    """A micro-batch as arrays: a worker would pass each tensor by a file, which is slower."""
     info, batch = item
     return info, {name: None if rows is None else rows.numpy() for name, rows in batch.items()}
 
@@ -1083,7 +1083,7 @@ def held_out_batches(config, tokenizer, texts, share):
 
 @torch.no_grad()
 def evaluate(model, batches, device, autocast):
-    """Held-out masked-LM loss, bag-of-word loss and term coverage, means over all their rows."""
+    """Means of the masked-LM loss over masked tokens, the others over sequences, held out."""
     model.eval()
     sums = Counter()
     for batch in batches:
@@ -1202,7 +1202,7 @@ def train(config, device):
                 counts["padded_tokens"] += batch["input_ids"].numel()
 
                 torch.manual_seed(info["seed"])  # so dropout depends on (seed, step, shard) only
-                ddp.require_backward_grad_sync = index == num_micro_batches - 1
+                ddp.require_backward_grad_sync = index == num_micro_batches - 1  # once a step
                 with autocast:
                     losses = ddp(**batch.to(device, non_blocking=True))
                 loss = losses["mlm_loss"]
@@ -1328,7 +1328,7 @@ def errors_in_one_line():
     """Print an error that a user can mend as one line, and exit with code 2.
 
     Under torchrun the first process prints such an error at once. Any other waits five seconds,
-    in which torchrun ends the other processes: so nothing is printed once for each of them.
+    in which torchrun ends it: so the error is printed once, not by each process.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:

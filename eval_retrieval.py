@@ -66,15 +66,15 @@ class RetrievalConfig:
     data: str = flag("python-docs", "python-docs, folder, or BEIR name on the hub")
     model: str = flag("out/bow_mae", "encoder (folder, hub name), or bm25")
     output: str = flag("out/retrieval", "folder of all that is written")
-    pooling: Literal["auto", "cls", "mean"] = flag("auto", "auto: as its files say")
-    similarity: Literal["auto", "dot", "cos"] = flag("auto", "auto: as they say")
+    pooling: Literal["auto", "cls", "mean"] = flag("auto", "auto: as the model's files say")
+    similarity: Literal["auto", "dot", "cos"] = flag("auto", "auto: as the model's files say")
     query_prefix: str = flag("", "text before each query, such as 'query: '")
     passage_prefix: str = flag("", "text before each passage")
     max_query_length: int = flag(32, "tokens of a query")
     max_passage_length: int | None = flag(None, "tokens of a passage")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "of autocast")
     seed: int = flag(0, "of everything that is drawn")
-    text: str = flag("", "question or text, also as the first word of a command")
+    text: str = flag("", "question or text; may stand first, without --text")
     # Search and evaluation.
     index: str = flag("Flat", "of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
     split: str = flag("test", "split that is evaluated")
@@ -501,7 +501,7 @@ def build_index(config, encoder, passages):
 
 
 def search_index(index, vectors, k):
-    """Scores and rows (Q, k) of the best passages of all processes' indexes, on the first."""
+    """Scores and rows (Q, k) of the best passages of all processes; None but on the first."""
     batches = np.split(vectors, range(256, len(vectors), 256))
     hidden = dist.get_rank() > 0 or len(batches) == 1
     found = [index.search(batch, k) for batch in tqdm(batches, "search", disable=hidden)]
@@ -580,7 +580,7 @@ def ranking(hits):
 
 
 def retrieve(config, task, encoder, k):
-    """The k best passages of each query, see `ranked_hits`, on the first process; else nothing."""
+    """The k best passages of each query, see `ranked_hits`; None on all processes but the first."""
     queries = list(task.queries.values())
     depth = k + 17  # more, for ties and for a passage that is dropped
     if encoder is None:
@@ -660,7 +660,7 @@ def answer_words(text):
 
 
 def has_answer(text, answers):
-    """Whether a text has the words of an answer in a row, as in DPR; no words are nowhere."""
+    """Whether a text has the words of an answer in a row, as in DPR; no words match nothing."""
     body = answer_words(text)
     return any(words.strip() and words in body for words in map(answer_words, answers))
 
@@ -845,7 +845,7 @@ class FinetuningSteps(torch.utils.data.Dataset):
 
 
 def contrastive_loss(queries, passages, known, temperature):
-    """InfoNCE over all passages of a step (section 4.2); the first 1+n are the first query's.
+    """InfoNCE over all passages of a step (section 4.2): 1+n of each query, its positive first.
 
     queries (B, D), passages (B·(1+n), D), known (B, B·(1+n)) bool: relevant, so no negative.
     """
@@ -950,7 +950,7 @@ def finetune(config, device):
             for i, batch in enumerate(micro_batches):
                 pair = encode_pair(encoder, batch) if encodes_again else pairs[i]
                 torch.autograd.backward(pair, (query_gradients[i], passage_gradients[i]))
-            for parameter in parameters:  # each process has the gradient of its own vectors
+            for parameter in parameters:  # summed: each process has that of its own vectors
                 if world_size > 1 and parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
 
