@@ -786,7 +786,8 @@ def prepare_output(config):
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in output.iterdir()} - {".lock"}
-    if names and "run.json" not in names:
+    saved = json.loads((output / "run.json").read_text()) if "run.json" in names else {}
+    if names and saved.get("config", {}).keys() != asdict(config).keys():
         raise UserError(f"--output {output} holds other files: give another folder")
     lock = (output / ".lock").open("a+")
     try:

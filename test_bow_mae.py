@@ -805,7 +805,8 @@ def test_learning_rate_and_bow_weight_follow_the_cosine(unbroken):
 def test_a_step_is_the_mean_of_the_means_of_its_micro_batches(unbroken):
     """The losses of the first step are those of its two micro-batches, computed by hand."""
     config = config_of(*SMALL)
-    files, texts, share = bow_mae.prepare_data(config)
+    files = bow_mae.list_files(config.data)
+    texts, share = bow_mae.sample_texts(config, files)
     tokenizer, model = bow_mae.prepare_model(config, None, texts, torch.device("cpu"))
     stream = PretrainingStream(config, tokenizer, files, share, range(2), {})
     one, other = (model(**batch) for _, batch in itertools.islice(stream, 2))
@@ -830,7 +831,7 @@ def test_metrics_has_the_documented_fields(unbroken):
 def test_evaluation_is_that_of_a_loop(unbroken):
     """Held-out losses and coverage of the saved model, one sequence at a time."""
     config = config_of(*SMALL)
-    _, texts, share = bow_mae.prepare_data(config)
+    texts, share = bow_mae.sample_texts(config, bow_mae.list_files(config.data))
     tokenizer = AutoTokenizer.from_pretrained(unbroken)
     lm = AutoModelForMaskedLM.from_pretrained(unbroken)
     special = special_ids(tokenizer, len(tokenizer))
@@ -1064,7 +1065,7 @@ BAD_FLAGS = {  # what the message must say
     "--model models/roformer": "models/roformer",
     "--output good.jsonl/out": "good.jsonl",
     "--output models": "models holds other files",
-    "--batch_size 800": "200 shards",
+    "--batch_size 800": "no text for shard 0 of 200",
 }
 GOOD = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(120))
 BAD_FILES = {  # name, content, what the message must say
