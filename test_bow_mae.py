@@ -1613,6 +1613,15 @@ def test_a_corpus_alone_is_indexed_and_searched_with_output_alone(tmp_path, capf
     assert all(path.stat().st_mtime_ns == files[path] for path in files)
 
 
+def test_compare_tells_of_queries_that_a_run_file_lacks(evaluated, tmp_path, capfd):
+    lines = (evaluated / "run.trec").read_text().splitlines(keepends=True)
+    first = [line for line in lines if line.split()[0] == lines[0].split()[0]]
+    (tmp_path / "first.trec").write_text("".join(first))
+    retrieval(*BM25, tmp_path / "out", "--compare", tmp_path / "first.trec")
+    queries = {line.split()[0] for line in lines}
+    assert f"{len(queries) - 1} queries are not in" in capfd.readouterr().out
+
+
 def test_compare_prints_differences_and_their_p_values(evaluated, tmp_path):
     retrieval(*BM25, tmp_path, "--compare", evaluated / "run.trec")
     ours, theirs = (read_json(path, "metrics.json") for path in (tmp_path, evaluated))
@@ -1697,6 +1706,17 @@ def test_cached_gradients_are_those_of_one_big_batch(finetuned, tmp_path, monkey
     assert losses(tmp_path)[1]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for cached, parameter in zip(kept, encoder.lm.base_model.parameters(), strict=True):
         assert (cached - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
+
+
+@pytest.mark.parametrize("micro_batch_size, passes", [(8, 1), (4, 4)])
+def test_a_lone_micro_batch_is_encoded_once(
+    micro_batch_size, passes, finetuned, tmp_path, monkeypatch
+):
+    calls, encode = [], eval_retrieval.encode_pair
+    monkeypatch.setattr(eval_retrieval, "encode_pair", lambda *a: calls.append(1) or encode(*a))
+    flags = [*finetuned[0], "--steps", 1, "--micro_batch_size", micro_batch_size]
+    retrieval(*flags, "--output", tmp_path)
+    assert len(calls) == passes
 
 
 def test_two_processes_give_the_losses_and_gradients_of_one_in_fine_tuning(
@@ -1884,6 +1904,7 @@ BAD_COMMANDS = {  # what the message must say
     "evaluate --max_passage_length 999": "999",
     "evaluate --compare nothing.trec": "nothing.trec",
     "evaluate --compare bad.trec": "bad.trec, line 1: expected qid Q0 docid rank score tag",
+    "evaluate --compare empty.trec": "empty.trec is empty",
     "evaluate --top_k 0": "--top_k 0 must be a finite number, at least 1",
     "mine --depth 5 2": "--depth needs two ranks",
     "finetune --batch_size 64": "--batch_size 64",
@@ -1901,6 +1922,7 @@ def test_a_bad_command_gives_one_line(line, message, tmp_path, monkeypatch, capf
     write_model(Path("headless"), has_head=False)
     write_jsonl(Path("other/run.json"), [{}])
     Path("bad.trec").write_text("q1 d1 1\n")
+    Path("empty.trec").write_text("\n")
     write_jsonl(Path("unknown.jsonl"), [{"query_id": "q69", "negatives": ["d1"]}])
     write_jsonl(Path("missing.jsonl"), [{"query_id": "q1", "negatives": ["d999"]}])
     write_jsonl(Path("bad.jsonl"), [{"query": "ba", "positive_passages": []}, {"query": "ba"}])
