@@ -882,6 +882,16 @@ def test_losses_in_half_precision_are_near_those_in_float32(precision, unbroken,
     assert losses(tmp_path) != losses(unbroken)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_gives_the_same_loss(tmp_path):
+    """In one short step, as compiling takes long."""
+    flags = ["--objective", "mlm", "--batch_size", 4, "--steps", 1, "--warmup_steps", 0]
+    train(*flags, "--output", tmp_path / "plain")
+    ended = start(*flags, "--output", tmp_path / "compiled", "--compile", "True")
+    assert ended.returncode == 0, ended.stderr
+    assert close(tmp_path / "compiled", tmp_path / "plain")
+
+
 def test_bench_compares_the_costs_of_the_objectives(tmp_path):
     ended = start("--bench", "True", "--output", tmp_path / "out", processes=2)
     assert ended.returncode == 0, ended.stderr
