@@ -278,7 +278,8 @@ class UserError(Exception):
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # all but the last also .gz
 CORPORA = ("corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz")
 OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)", re.I)
-BAD_DATA = (ValueError, TypeError, RecursionError, EOFError, OSError, csv.Error, zlib.error)
+BAD_DATA = (ValueError, TypeError, KeyError, RecursionError, OSError, EOFError, csv.Error)
+BAD_DATA += (zlib.error,)
 PACKAGES = "pandas numpy networkx transformers torch sympy datasets huggingface_hub"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # of the data's start, see sample_texts
@@ -291,7 +292,8 @@ def docstrings(versions):
         root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
             parts = [package, *path.relative_to(root).with_suffix("").parts]
-            if {"site-packages", "dist-packages", "test", "tests"} & set(parts):
+            # No set, as the cache is keyed by this code, pickled, and a set has no fixed order.
+            if any(name in parts for name in ("site-packages", "dist-packages", "test", "tests")):
                 continue
             nodes = []
             with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
@@ -760,6 +762,7 @@ def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
 
 # No loss depends on these flags, so they may change when a run resumes.
 FREE_FLAGS = ("workers", "output", "save_every", "keep", "log_every", "eval_every", "bench")
+FREE_FLAGS += ("index", "split", "top_k", "relevance_level", "keep_identical_ids", "compare")
 
 
 def print_once(message):
@@ -809,6 +812,12 @@ def list_checkpoints(output):
 def load_checkpoint(config):
     """The newest checkpoint in --output and its state, or (None, {}); UserError for other flags."""
     checkpoints = list_checkpoints(config.output)
+    newest = [None] * dist.get_world_size()
+    dist.all_gather_object(newest, [path.name for path in checkpoints[-1:]])
+    if any(names != newest[0] for names in newest):
+        raise UserError(
+            f"processes see the checkpoints {newest}: put --output on a disk they share"
+        )
     if not checkpoints:
         return None, {}
     path = checkpoints[-1] / "training_state.pt"
@@ -1144,10 +1153,6 @@ def train(config, device):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lock = prepare_output(config) if rank == 0 else None
     checkpoint, state = load_checkpoint(config)
-    last_steps = [None] * world_size
-    dist.all_gather_object(last_steps, state.get("step", 0))
-    if len(set(last_steps)) > 1:
-        raise UserError(f"processes see checkpoints {last_steps}: put --output on a shared disk")
     files = list_files(config.data)
     texts, held_out_share = sample_texts(config, files)
     held_out_share = state.get("held_out_share", held_out_share)

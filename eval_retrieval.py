@@ -50,7 +50,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
 import bow_mae
-from bow_mae import UserError, print_once
+from bow_mae import BAD_DATA, UserError, print_once
 
 
 def flag(default, text):
@@ -179,13 +179,14 @@ def read_file(path):
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.startswith("id\ttext\ttitle"):  # DPR's header
                     yield f"{path}, line {number}", parse_line(line, number, path.name)
-    except (SyntaxError, *bow_mae.BAD_DATA) as error:
+    except (SyntaxError, *BAD_DATA) as error:
         raise UserError(f"{path}, line {number}: {error}") from error
 
 
 def clean_record(record, where):
     """_id, title and text of a passage or query, whatever their names; "" for what is missing."""
-    if not isinstance(record, dict) or not {"title", "text", "query"} & record.keys():
+    # No set, as the cache is keyed by this code, pickled, and a set has no fixed order.
+    if not isinstance(record, dict) or record.keys().isdisjoint(("title", "text", "query")):
         raise UserError(f"{where}: no text")
     cleaned = {}
     for field, names in FIELD_NAMES.items():
@@ -329,6 +330,9 @@ def load_task(config, split):
         if lost:
             print_once(f"warning: {len(lost)} {kind} are missing, the first is {lost[0]!r}")
     asked = [query_id for query_id in qrels or answers if query_id in queries]
+    best = max((max(grades.values()) for grades in qrels.values()), default=1)
+    if best < 1:
+        raise UserError(f"--data {config.data}: no passage is relevant to a query of {split}")
     if split and not asked or judged and len(lost_passages) == len(judged):
         raise UserError(f"--data {config.data} lacks all queries, or judged passages, of {split}")
     queries = {query_id: queries[query_id] for query_id in asked}
@@ -348,6 +352,7 @@ def passage_texts(passages, rows):
 # ---- encoding
 
 CHUNK_SIZE = 1024  # texts in a file of vectors
+MOST_TRAINING_VECTORS = 300_000  # of an index, in each process
 
 
 def model_file(source, name):
@@ -430,21 +435,25 @@ class Encoder(nn.Module):
         return vectors
 
 
+def vector_files(encoder, texts, folder, prefix, length):
+    """The files of the vectors of texts, in a folder that is named by all that they depend on."""
+    key = [encoder.fingerprint, texts._fingerprint, CHUNK_SIZE, length, prefix]
+    target = Path(folder, Hasher.hash(key))
+    return [target / f"{start:010}.npy" for start in range(0, len(texts), CHUNK_SIZE)]
+
+
 def encode_collection(encoder, texts, folder, prefix, length):
     """Write the vectors of texts, CHUNK_SIZE a file, which processes share out; returns all files.
 
-    Their folder is named by all that they depend on: what an interrupted run has finished serves
-    again, and other folders are removed.
+    What an interrupted run has finished serves again, and folders of other vectors are removed.
     """
-    key = [encoder.fingerprint, texts._fingerprint, CHUNK_SIZE, length, prefix]
-    target, rank = Path(folder, Hasher.hash(key)), dist.get_rank()
+    files, rank = vector_files(encoder, texts, folder, prefix, length), dist.get_rank()
+    target = files[0].parent
     if rank == 0:
         target.mkdir(parents=True, exist_ok=True)
         for outdated in set(target.parent.iterdir()) - {target}:
             shutil.rmtree(outdated)
     dist.barrier()
-    starts = range(0, len(texts), CHUNK_SIZE)
-    files = [target / f"{start:010}.npy" for start in starts]
     own = files[rank :: dist.get_world_size()]
     for file in tqdm(own, f"encode {target.parent.name}", unit="file", disable=rank > 0):
         if not file.exists():
@@ -476,6 +485,7 @@ def check_index(config, encoder, num_passages):
         needed = max(needed, 2 ** int(bits[-1]))
     starts = range(0, num_passages, CHUNK_SIZE)[dist.get_rank() :: dist.get_world_size()]
     share = sum(min(CHUNK_SIZE, num_passages - start) for start in starts)
+    share = math.ceil(share / max(1, math.ceil(share / MOST_TRAINING_VECTORS)))
     if 0 < share < needed:
         raise UserError(f"--index {config.index} needs {needed} passages a process, not {share}")
 
@@ -489,7 +499,7 @@ def build_index(config, encoder, passages):
     index = faiss.index_factory(encoder.width, kind, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         print_once(f"training the index {config.index}")
-        every = math.ceil(len(own) * CHUNK_SIZE / 300_000)  # so many vectors are enough
+        every = math.ceil(len(own) * CHUNK_SIZE / MOST_TRAINING_VECTORS)
         index.train(np.concatenate([np.load(file)[::every] for file in own]))
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
@@ -1046,7 +1056,8 @@ def index_passages(config, device):
     if config.model == "bm25":
         raise UserError("--model bm25 has no index to write")
     task, encoder, lock = prepare(config, "", device)
-    build_index(config, encoder, task.passages)
+    folder, length = Path(config.output, "vectors", "passages"), config.max_passage_length
+    encode_collection(encoder, task.passages, folder, config.passage_prefix, length)
 
 
 def evaluate(config, device):
@@ -1115,18 +1126,26 @@ def recipe(config, device):
         table[stage] = evaluate(replace(config, model=tuned, output=tested), device)
         miner = tuned
     if dist.get_rank() == 0:
-        bow_mae.print_table(table, ["MRR@10", "nDCG@10", "Recall@100", "Hit@10"])
         bow_mae.write_json(output / "table.json", table)
+        names = ("MRR@10", "nDCG@10", "Recall@100", "Hit@10")
+        chosen = [name for name in names if name in table["bm25"]]
+        bow_mae.print_table(table, chosen or list(table["bm25"]))
 
 
 def search(config, device):
     """Print the ten best passages for a text, of what `index` or `evaluate` left in --output."""
-    output, text = Path(config.output), config.text
-    if not (output / "vectors").is_dir():
-        raise UserError(f"--output {output} has no index: run `index` first")
-    saved = json.loads((output / "run.json").read_text())["config"]
+    folder, text = Path(config.output, "vectors", "passages"), config.text
+    if not folder.is_dir():
+        raise UserError(f"--output {config.output} has no vectors: run `index` first")
+    lock = bow_mae.prepare_output(config) if dist.get_rank() == 0 else None
+    saved = json.loads(Path(config.output, "run.json").read_text())["config"]
     config = RetrievalConfig(**saved | {"output": config.output})
     task, encoder = load_task(config, ""), Encoder(config, device)
+    length = config.max_passage_length
+    files = vector_files(encoder, task.passages, folder, config.passage_prefix, length)
+    if not all(file.exists() for file in files):
+        reason = "has vectors of other data or another model, or not all: run `index` again"
+        raise UserError(f"--output {config.output} {reason}")
     index = build_index(config, encoder, task.passages)
     vectors = encoder.encode([config.query_prefix + text], config.max_query_length)
     found = search_index(index, vectors, 10)
@@ -1137,6 +1156,7 @@ def search(config, device):
         if row >= 0:
             passage = " ".join(passage_texts(task.passages, [row])[0].split())
             print(f"{score:8.3f}  {task.passages[row]['_id']}\n          {passage[:150]}")
+    del lock  # --output is free
 
 
 def explain(config, device):
@@ -1197,6 +1217,8 @@ def parse_command(argv):
     bow_mae.check_numbers(config, {"seed": 0, "negatives": 0, "warmup_steps": 0, "workers": 0})
     if len(config.depth) != 2 or not 1 <= config.depth[0] <= config.depth[1]:
         raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
+    if config.temperature == 0 or config.adam_beta2 >= 1:
+        raise UserError("--temperature must be above 0, and --adam_beta2 below 1")
     if "text" in given and not config.text:
         raise UserError(f"{argv[0]} needs a text, in quotation marks")
     return command, config, filled

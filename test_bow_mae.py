@@ -1623,6 +1623,30 @@ def test_a_corpus_alone_is_indexed_and_searched_with_output_alone(tmp_path, capf
     assert all(path.stat().st_mtime_ns == files[path] for path in files)
 
 
+def test_each_process_and_each_start_finds_the_same_vectors(tmp_path):
+    """The cache of the corpus is keyed by pickled code, in which no order may be random."""
+    write_jsonl(tmp_path / "data/corpus.jsonl", PASSAGES)
+    flags = ["--model", MODEL, "--data", tmp_path / "data"]
+    for seed, processes in ((1, 1), (2, 2), (3, 1)):
+        env = {"PYTHONHASHSEED": str(seed), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        options = {"module": "eval_retrieval", "processes": processes, "env": env}
+        command = ["index", *flags] if seed < 3 else ["search", PASSAGES[50]["text"]]
+        ended = start(*command, "--output", tmp_path / "out", **options)
+        assert ended.returncode == 0, ended.stderr
+    assert "d50" in ended.stdout and len(list(tmp_path.glob("cache/generator/*"))) == 1
+
+
+def test_search_refuses_vectors_of_another_model(tmp_path, capfd):
+    """It must not encode a collection again for a question."""
+    write_jsonl(tmp_path / "data/corpus.jsonl", PASSAGES)
+    model = write_model(tmp_path / "model")
+    flags = ["--model", model, "--data", tmp_path / "data", "--output", tmp_path / "out"]
+    retrieval("index", *flags)
+    write_model(tmp_path / "model", seed=1)
+    flags = ["search", "a question", "--output", tmp_path / "out"]
+    assert "run `index` again" in error_of(capfd, retrieval, *flags)
+
+
 def test_compare_tells_of_queries_that_a_run_file_lacks(evaluated, tmp_path, capfd):
     lines = (evaluated / "run.trec").read_text().splitlines(keepends=True)
     first = [line for line in lines if line.split()[0] == lines[0].split()[0]]
@@ -1905,7 +1929,7 @@ BAD_COMMANDS = {  # what the message must say
     "explain": "explain needs a text",
     "explain ba --model headless": "has no masked-LM head",
     "search": "search needs a text",
-    "search ba --output nowhere": "nowhere has no index",
+    "search ba --output nowhere": "nowhere has no vectors",
     "evaluate --lr 1": "--lr",
     "evaluate --model nowhere": "nowhere",
     "evaluate --output other": "other holds other files",
