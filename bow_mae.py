@@ -343,7 +343,8 @@ def is_path(name):
     """Whether a --model or --data can only be a path: a name of the hub has at most one slash."""
     path = Path(name)
     in_folder = len(path.parts) == 2 and path.parent.is_dir()
-    return in_folder or len(path.parts) > 2 or path.exists() or name[0] in "./"
+    is_file = path.exists() or file_format(path) in FORMATS
+    return is_file or in_folder or len(path.parts) > 2 or name[0] in "./"
 
 
 def list_files(data):
@@ -372,7 +373,7 @@ def list_files(data):
     files = [file for file in files if file.is_file() and file.stat().st_size]
     formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
     if formats not in FORMATS:
-        raise UserError(f"--data {data}: found {formats}, not one format of {' '.join(FORMATS)}")
+        raise UserError(f"--data {data}: found {formats}; give one format of {' '.join(FORMATS)}")
     return sorted(map(str, files))
 
 
@@ -828,7 +829,8 @@ def load_checkpoint(config):
     for name, value in asdict(config).items():
         before = state["config"].get(name)
         if name not in FREE_FLAGS and value != before:
-            raise UserError(f"--output {config.output} has a run of --{name} {before}, not {value}")
+            reason = f"has a run of --{name} {before}, not {value}: give another --output"
+            raise UserError(f"--output {config.output} {reason}")
     return str(checkpoints[-1]), state
 
 

@@ -91,9 +91,9 @@ class RetrievalConfig:
     negatives_file: list[str] = HfArg(default_factory=list, help="files of `mine`, joined")
     negatives: int | None = flag(None, "hard negatives of a query in a step")
     temperature: float = flag(1.0, "of the softmax over passages")
+    batch_size: int = flag(64, "queries of a step, over all processes")
     epochs: int | None = flag(None, "passes over the training queries")
     steps: int | None = flag(None, "optimizer steps; unset: those of --epochs")
-    batch_size: int = flag(64, "queries of a step, over all processes")
     micro_batch_size: int | None = flag(None, "queries that are encoded at a time")
     lr: float | None = flag(None, "peak learning rate of AdamW")
     lr_final_ratio: float = flag(0.1, "final learning rate over its peak")
@@ -883,8 +883,8 @@ def encode_pair(encoder, batch):
 def plan_steps(config, num_queries):
     """The config with --steps and --warmup_steps filled in, and warnings about them."""
     if config.batch_size > num_queries or config.batch_size % dist.get_world_size():
-        message = f"{num_queries} training queries, {dist.get_world_size()} processes"
-        raise UserError(f"--batch_size {config.batch_size} does not fit: {message}")
+        most = f"at most {num_queries}, the training queries, and a multiple of the processes"
+        raise UserError(f"--batch_size {config.batch_size} must be {most}")
     steps = config.steps or num_queries // config.batch_size * config.epochs
     warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
     if warmup_steps >= steps:
