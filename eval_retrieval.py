@@ -1040,6 +1040,12 @@ def prepare(config, split, device):
     """Task, encoder (None: bm25) and lock on --output; all that can be refused is refused here."""
     rank = dist.get_rank()
     lock = bow_mae.prepare_output(config) if rank == 0 else None
+    run = Path(config.output, "run.json")
+    saved = json.loads(run.read_text())["config"] if run.exists() else vars(config)
+    for name in ("model", "data", "split"):
+        if saved[name] != getattr(config, name):
+            reason = f"has results of --{name} {saved[name]}: give another --output"
+            raise UserError(f"--output {config.output} {reason}")
     encoder = None if config.model == "bm25" else Encoder(config, device)
     task = load_task(config, split)
     if encoder is not None:

@@ -1647,6 +1647,12 @@ def test_search_refuses_vectors_of_another_model(tmp_path, capfd):
     assert "run `index` again" in error_of(capfd, retrieval, *flags)
 
 
+def test_results_of_another_model_are_not_overwritten(evaluated, capfd):
+    before = (evaluated / "run.trec").read_bytes()
+    assert "give another --output" in error_of(capfd, retrieval, *BM25, evaluated)
+    assert (evaluated / "run.trec").read_bytes() == before
+
+
 def test_compare_tells_of_queries_that_a_run_file_lacks(evaluated, tmp_path, capfd):
     lines = (evaluated / "run.trec").read_text().splitlines(keepends=True)
     first = [line for line in lines if line.split()[0] == lines[0].split()[0]]
