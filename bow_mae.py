@@ -380,7 +380,8 @@ def list_files(data):
 def list_pieces(config, files, num_shards=1, epoch=None):
     """What shards can read apart, as (name, source, part): the parts of a dataset, or files.
 
-    A part of a .parquet file is a row group. Each epoch has another order of all but tables.
+    The part is a row group of .parquet, (count, i) of a dataset, None of any other file. Each epoch
+    has another order, but for python-docs and saved datasets, whose shards are ranges of rows.
     """
     pieces = []
     for file in files:
@@ -1095,7 +1096,7 @@ def held_out_batches(config, tokenizer, texts, share):
 
 @torch.no_grad()
 def evaluate(model, batches, device, autocast):
-    """Means of the masked-LM loss over masked tokens, the others over sequences, held out."""
+    """Held-out means: masked-LM loss a masked token, bag-of-word loss and coverage a sequence."""
     model.eval()
     sums = Counter()
     for batch in batches:

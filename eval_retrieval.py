@@ -605,7 +605,7 @@ def retrieve(config, task, encoder, k):
 
 
 def ranked_hits(task, scores, rows, k):
-    """Yield each query id with its k best passages {passage id: score}, of more scores and rows."""
+    """Yield each query id and its k best passages {passage id: score}, of at least k candidates."""
     ids, num_dropped = list(task.rows), 0
     for query_id, query_scores, query_rows in zip(task.queries, scores, rows, strict=True):
         found = zip(query_scores.tolist(), query_rows.tolist(), strict=True)
@@ -899,7 +899,7 @@ def finetune(config, device):
 
     Gradients are cached at the vectors (GradCache, arXiv 2101.06983): the vectors of a step are
     computed without a graph, the loss is back-propagated to them, and each micro-batch is encoded
-    again with a graph that takes its share on. Loss and gradient are those of one big batch.
+    again with a graph, to back-propagate its part. Loss and gradient are those of one big batch.
     """
     # Data, checkpoint and model.
     rank, world_size = dist.get_rank(), dist.get_world_size()
