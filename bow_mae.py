@@ -35,7 +35,8 @@ import time
 import traceback
 import warnings
 import zlib
-from collections import ChainMap, Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib import metadata, util
@@ -652,6 +653,18 @@ def to_arrays(item):
     return info, {name: None if rows is None else rows.numpy() for name, rows in batch.items()}
 
 
+def fetch_ahead(items, count):
+    """Yield items in order, while a thread fetches the next ones: a worker's pipe holds but two."""
+    thread = ThreadPoolExecutor(1)
+    upcoming = deque(thread.submit(next, items) for _ in range(count))
+    try:
+        while True:
+            yield upcoming.popleft().result()
+            upcoming.append(thread.submit(next, items))
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
 def make_loader(config, tokenizer, files, held_out_share, state):
     """Yield the micro-batches of this process's shards, from the step after a checkpoint on."""
     share = config.num_shards // dist.get_world_size()
@@ -664,7 +677,8 @@ def make_loader(config, tokenizer, files, held_out_share, state):
         sequences = BUFFER_TEXTS + BUFFER_CHARACTERS // (4 * config.max_length)
         batches = math.ceil(sequences / config.micro_batch_size)
         options["prefetch_factor"] = 2 * batches * share // num_workers
-    for info, arrays in torch.utils.data.DataLoader(stream, batch_size=None, **options):
+    items = iter(torch.utils.data.DataLoader(stream, batch_size=None, **options))
+    for info, arrays in fetch_ahead(items, 64) if num_workers else items:
         yield info, BatchEncoding(torch.utils.data.default_convert(arrays))
 
 

@@ -316,6 +316,8 @@ def load_task(config, split):
         passages, queries, answers, qrels = read_folder(folder, split)
     else:
         passages, queries, answers, qrels = read_hub(config.data, split)
+    if "text" not in passages.column_names or not any(passages["text"]):
+        raise UserError(f"--data {config.data}: no passage has a text, a field of the name `text`")
     rows = {str(name): row for row, name in enumerate(passages["_id"])}
     if len(rows) < len(passages):
         name = Counter(passages["_id"]).most_common(1)[0][0]
@@ -908,7 +910,15 @@ def finetune(config, device):
     training = load_training_set(config)
     config = plan_steps(config, len(training.queries))
     checkpoint, state = bow_mae.load_checkpoint(config)
-    encoder = Encoder(config, device, checkpoint or config.model).train()
+    encoder = Encoder(config, device)
+    # What training depends on, beside the flags: a change would go unseen when a run resumes.
+    rows = np.concatenate([*training.positives, *training.negatives])
+    inputs = [encoder.fingerprint, training.passages.data.nbytes, training.queries, rows]
+    inputs = Hasher.hash(inputs)
+    if state.get("inputs", inputs) != inputs:
+        reason = "was begun with another model, precision or data: give another --output"
+        raise UserError(f"--output {config.output} {reason}")
+    encoder = Encoder(config, device, checkpoint).train() if checkpoint else encoder.train()
     parameters = list(encoder.lm.base_model.parameters())
     optimizer = bow_mae.build_optimizer(config, encoder.lm.base_model)
     scaler = torch.amp.GradScaler(device.type, enabled=encoder.dtype == torch.float16)
@@ -991,7 +1001,7 @@ def finetune(config, device):
 
             # Save.
             if (saves or stops) and rank == 0:
-                state = {"step": step, "optimizer": optimizer.state_dict()}
+                state = {"step": step, "inputs": inputs, "optimizer": optimizer.state_dict()}
                 state["scaler"] = scaler.state_dict()
                 model = (encoder.lm, encoder.tokenizer, config.max_passage_length)
                 pooling = (encoder.pooling, encoder.similarity)
@@ -1119,18 +1129,23 @@ def compare(config, task, results, other):
 def recipe(config, device):
     """The paper's two stages, with negatives of BM25, then of the first stage's model."""
     _, _, lock = prepare(config, config.split, device)
-    plan_steps(config, len(load_task(config, config.train_split).queries))
-    output, table = Path(config.output), {}
-    for name, model in {"bm25": "bm25", "zero_shot": config.model}.items():
-        table[name] = evaluate(replace(config, model=model, output=str(output / name)), device)
-    miner = "bm25"
+    config = plan_steps(config, len(load_task(config, config.train_split).queries))
+    output, miner, plans = Path(config.output), "bm25", {}
     for stage in ("stage1", "stage2"):
         mined, tuned, tested = (str(output / stage / name) for name in ("mined", "model", "test"))
-        mine(replace(config, model=miner, output=mined), device)
-        negatives = [f"{mined}/negatives.jsonl"]
-        finetune(replace(config, negatives_file=negatives, output=tuned), device)
-        table[stage] = evaluate(replace(config, model=tuned, output=tested), device)
+        tuning = replace(config, negatives_file=[f"{mined}/negatives.jsonl"], output=tuned)
+        bow_mae.load_checkpoint(tuning)  # refuses other flags than those of an earlier start
+        mining = replace(config, model=miner, output=mined)
+        plans[stage] = (mining, tuning, replace(config, model=tuned, output=tested))
         miner = tuned
+
+    table = {}
+    for name, model in {"bm25": "bm25", "zero_shot": config.model}.items():
+        table[name] = evaluate(replace(config, model=model, output=str(output / name)), device)
+    for stage, (mining, tuning, testing) in plans.items():
+        mine(mining, device)
+        finetune(tuning, device)
+        table[stage] = evaluate(testing, device)
     if dist.get_rank() == 0:
         bow_mae.write_json(output / "table.json", table)
         names = ("MRR@10", "nDCG@10", "Recall@100", "Hit@10")

@@ -863,6 +863,14 @@ def test_two_processes_give_the_losses_of_one(on_two, tmp_path):
     assert close(tmp_path, output)
 
 
+def test_items_are_fetched_ahead_in_order_and_none_is_lost():
+    items = iter(range(9))
+    fetched = bow_mae.fetch_ahead(items, 4)
+    assert [next(fetched) for _ in range(3)] == [0, 1, 2]
+    fetched.close()
+    assert next(items) >= 3
+
+
 def test_the_corpus_is_built_before_workers_start(tmp_path):
     """With two processes, a worker each, and an empty cache."""
     flags = ["--data", "python-docs", "--model", MODEL, "--workers", 1, "--steps", 5]
@@ -1474,6 +1482,13 @@ def test_a_bad_line_of_a_task_gives_one_line(name, line, message, tmp_path, capf
     assert message in error_of(capfd, retrieval, "evaluate", *flags)
 
 
+def test_a_collection_of_titles_alone_is_refused(tmp_path, capfd):
+    data = write_beir(tmp_path / "beir")
+    write_jsonl(data / "corpus.jsonl", [{"_id": "d1", "title": "ba", "contents": "ba ke"}])
+    flags = ["--model", "bm25", "--data", data, "--output", tmp_path / "out"]
+    assert "no passage has a text" in error_of(capfd, retrieval, "evaluate", *flags)
+
+
 # ---- encoding
 
 
@@ -1783,6 +1798,24 @@ def test_fine_tuning_on_two_processes_resumes_exactly_after_sigterm(
     assert same_run(tmp_path, finetuned_on_two)
 
 
+def test_fine_tuning_does_not_resume_with_another_model_or_data(tmp_path, capfd):
+    """In the same files: only their content is another."""
+    model, data = tmp_path / "model", write_beir(tmp_path / "data")
+    flags = ["finetune", *STEPS, "--steps", 2, "--model", model, "--data", data]
+    flags += ["--output", tmp_path / "out"]
+    write_model(model)
+    retrieval(*flags)
+    retrieval(*flags)
+    assert "this run is finished: 2 steps" in capfd.readouterr().out
+    qrels = data / "qrels/train.tsv"
+    content = qrels.read_text()
+    qrels.write_text(content + "q1\td2\t1\n")
+    assert "was begun with another model" in error_of(capfd, retrieval, *flags)
+    qrels.write_text(content)
+    write_model(model, seed=1)
+    assert "was begun with another model" in error_of(capfd, retrieval, *flags)
+
+
 def make_steps(config, training):
     """The steps of a training set, with a tokenizer that only keeps the texts."""
     return eval_retrieval.FinetuningSteps(config, lambda texts, **_: {"texts": texts}, training)
@@ -2013,6 +2046,10 @@ def test_the_recipe_prints_a_table_of_its_stages(tmp_path, capfd):
     names = ("zero_shot", "stage1/mined", "stage1/model", "stage2/mined", "stage2/model")
     used = [read_json(tmp_path, name, "run.json")["config"]["model"] for name in names]
     assert used == [MODEL, "bm25", MODEL, str(tmp_path / "stage1/model"), MODEL]
+    os.remove(tmp_path / "bm25/run.trec")
+    flags = ["--model", MODEL, "--data", BEIR, "--output", tmp_path, *STEPS, "--steps", 3]
+    assert "has a run of --steps 2, not 3" in error_of(capfd, retrieval, *flags)
+    assert not (tmp_path / "bm25/run.trec").exists()  # refused before the first long stage
 
 
 # ==== the README
