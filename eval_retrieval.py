@@ -397,6 +397,10 @@ class Encoder(nn.Module):
         # Without a head the encoder stays, which a masked LM makes without a pooler.
         self.lm = lm.base_model if missing else lm
         self.width = lm.config.hidden_size
+        self.sides = {  # prefix and most tokens
+            "queries": (config.query_prefix, config.max_query_length),
+            "passages": (config.passage_prefix, config.max_passage_length),
+        }
         self.to(device).eval()
         self.device, self.dtype = device, bow_mae.compute_dtype(config.precision, device)
         pooling, similarity = saved_pooling(source)
@@ -423,9 +427,11 @@ class Encoder(nn.Module):
         return F.normalize(vectors, dim=1) if self.similarity == "cos" else vectors
 
     @torch.no_grad()
-    def encode(self, texts, max_length):
-        """The vectors (N, D) of texts, float32, computed in batches of like length."""
-        tokens = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    def encode(self, texts, side):
+        """The vectors (N, D), float32, of queries or passages, in batches of like length."""
+        prefix, length = self.sides[side]
+        texts = [prefix + text for text in texts]
+        tokens = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         vectors = np.empty((len(texts), self.width), np.float32)
         for start in range(0, len(texts), 64):
@@ -437,19 +443,19 @@ class Encoder(nn.Module):
         return vectors
 
 
-def vector_files(encoder, texts, folder, prefix, length):
+def vector_files(config, encoder, texts, side):
     """The files of the vectors of texts, in a folder that is named by all that they depend on."""
-    key = [encoder.fingerprint, texts._fingerprint, CHUNK_SIZE, length, prefix]
-    target = Path(folder, Hasher.hash(key))
+    key = [encoder.fingerprint, texts._fingerprint, CHUNK_SIZE, *encoder.sides[side]]
+    target = Path(config.output, "vectors", side, Hasher.hash(key))
     return [target / f"{start:010}.npy" for start in range(0, len(texts), CHUNK_SIZE)]
 
 
-def encode_collection(encoder, texts, folder, prefix, length):
+def encode_collection(config, encoder, texts, side):
     """Write the vectors of texts, CHUNK_SIZE a file, which processes share out; returns all files.
 
     What an interrupted run has finished serves again, and folders of other vectors are removed.
     """
-    files, rank = vector_files(encoder, texts, folder, prefix, length), dist.get_rank()
+    files, rank = vector_files(config, encoder, texts, side), dist.get_rank()
     target = files[0].parent
     if rank == 0:
         target.mkdir(parents=True, exist_ok=True)
@@ -457,12 +463,11 @@ def encode_collection(encoder, texts, folder, prefix, length):
             shutil.rmtree(outdated)
     dist.barrier()
     own = files[rank :: dist.get_world_size()]
-    for file in tqdm(own, f"encode {target.parent.name}", unit="file", disable=rank > 0):
+    for file in tqdm(own, f"encode {side}", unit="file", disable=rank > 0):
         if not file.exists():
             rows = range(int(file.stem), len(texts))[:CHUNK_SIZE]
-            chunk = [prefix + text for text in passage_texts(texts, rows)]
             unfinished = file.with_suffix(".tmp.npy")
-            np.save(unfinished, encoder.encode(chunk, length))
+            np.save(unfinished, encoder.encode(passage_texts(texts, rows), side))
             unfinished.replace(file)
     dist.barrier()
     return files
@@ -494,8 +499,7 @@ def check_index(config, encoder, num_passages):
 
 def build_index(config, encoder, passages):
     """The faiss index, by row, of this process's share of the passages, which it encodes."""
-    folder, length = Path(config.output, "vectors", "passages"), config.max_passage_length
-    files = encode_collection(encoder, passages, folder, config.passage_prefix, length)
+    files = encode_collection(config, encoder, passages, "passages")
     own = files[dist.get_rank() :: dist.get_world_size()]
     kind = f"IDMap,{config.index}" if own else "IDMap,Flat"  # nothing to train on
     index = faiss.index_factory(encoder.width, kind, faiss.METRIC_INNER_PRODUCT)
@@ -600,8 +604,7 @@ def retrieve(config, task, encoder, k):
     else:
         index = build_index(config, encoder, task.passages)
         texts = datasets.Dataset.from_dict({"text": queries})
-        folder, length = Path(config.output, "vectors", "queries"), config.max_query_length
-        files = encode_collection(encoder, texts, folder, config.query_prefix, length)
+        files = encode_collection(config, encoder, texts, "queries")
         found = search_index(index, np.concatenate([np.load(file) for file in files]), depth)
     return ranked_hits(task, *found, k) if found else None
 
@@ -1072,8 +1075,7 @@ def index_passages(config, device):
     if config.model == "bm25":
         raise UserError("--model bm25 has no index to write")
     task, encoder, lock = prepare(config, "", device)
-    folder, length = Path(config.output, "vectors", "passages"), config.max_passage_length
-    encode_collection(encoder, task.passages, folder, config.passage_prefix, length)
+    encode_collection(config, encoder, task.passages, "passages")
 
 
 def evaluate(config, device):
@@ -1155,21 +1157,18 @@ def recipe(config, device):
 
 def search(config, device):
     """Print the ten best passages for a text, of what `index` or `evaluate` left in --output."""
-    folder, text = Path(config.output, "vectors", "passages"), config.text
-    if not folder.is_dir():
+    if not Path(config.output, "vectors", "passages").is_dir():
         raise UserError(f"--output {config.output} has no vectors: run `index` first")
     lock = bow_mae.prepare_output(config) if dist.get_rank() == 0 else None
     saved = json.loads(Path(config.output, "run.json").read_text())["config"]
-    config = RetrievalConfig(**saved | {"output": config.output})
+    config = RetrievalConfig(**saved | {"output": config.output, "text": config.text})
     task, encoder = load_task(config, ""), Encoder(config, device)
-    length = config.max_passage_length
-    files = vector_files(encoder, task.passages, folder, config.passage_prefix, length)
+    files = vector_files(config, encoder, task.passages, "passages")
     if not all(file.exists() for file in files):
         reason = "has vectors of other data or another model, or not all: run `index` again"
         raise UserError(f"--output {config.output} {reason}")
     index = build_index(config, encoder, task.passages)
-    vectors = encoder.encode([config.query_prefix + text], config.max_query_length)
-    found = search_index(index, vectors, 10)
+    found = search_index(index, encoder.encode([config.text], "queries"), 10)
     if found is None:  # another process prints
         return
     scores, rows = found

@@ -1509,7 +1509,7 @@ def our_vectors(folder, texts, **flags):
     """Those of eval_retrieval.py, and its encoder."""
     config = RetrievalConfig(model=folder, max_passage_length=32, precision="fp32", **flags)
     encoder = eval_retrieval.Encoder(config, torch.device("cpu"))
-    return encoder.encode(texts, 32), encoder
+    return encoder.encode(texts, "passages"), encoder
 
 
 KINDS = [(True, "cls", "dot"), (False, "mean", "cos")]
