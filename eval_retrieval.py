@@ -1020,19 +1020,18 @@ def finetune(config, device):
 
 
 def mine(config, device):
-    """Write output/negatives.jsonl: highly ranked passages that are not relevant to a query."""
+    """Write output/negatives.jsonl: --sample passages of the ranks --depth for each query.
+
+    Passages that are relevant to the query, or hold an answer to it, are left out.
+    """
     task, encoder, lock = prepare(config, config.train_split, device)
     ranked = retrieve(config, task, encoder, config.depth[1])
-    if ranked:
-        write_negatives(config, task, tqdm(ranked, "negatives", len(task.queries), unit="query"))
-    dist.barrier()
-
-
-def write_negatives(config, task, ranked):
-    """Write --sample passages of the ranks --depth, but for positives and those with an answer."""
+    if ranked is None:  # the first process writes
+        return
     path, num_negatives = Path(config.output, "negatives.jsonl"), 0
     with path.open("w") as file:
-        for i, (query_id, hits) in enumerate(ranked):
+        bar = tqdm(ranked, "negatives", len(task.queries), unit="query")
+        for i, (query_id, hits) in enumerate(bar):
             grades = task.qrels.get(query_id, {})
             names = list(hits)[config.depth[0] - 1 :]
             names = [name for name in names if grades.get(name, 0) < 1]
@@ -1146,6 +1145,7 @@ def recipe(config, device):
         table[name] = evaluate(replace(config, model=model, output=str(output / name)), device)
     for stage, (mining, tuning, testing) in plans.items():
         mine(mining, device)
+        dist.barrier()  # all processes read what the first has written
         finetune(tuning, device)
         table[stage] = evaluate(testing, device)
     if dist.get_rank() == 0:
