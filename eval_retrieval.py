@@ -53,57 +53,52 @@ import bow_mae
 from bow_mae import BAD_DATA, UserError, print_once
 
 
-def flag(default, text):
-    """A field of the configuration, with its help."""
-    return HfArg(default=default, help=text)
-
-
 @dataclass
 class RetrievalConfig:
     """Every flag of every command; which command has which stands below."""
 
     # Data and encoder.
-    data: str = flag("python-docs", "python-docs, folder, or BEIR name on the hub")
-    model: str = flag("out/bow_mae", "encoder (folder, hub name), or bm25")
-    output: str = flag("out/retrieval", "folder of all that is written")
-    pooling: Literal["auto", "cls", "mean"] = flag("auto", "auto: as the model's files say")
-    similarity: Literal["auto", "dot", "cos"] = flag("auto", "auto: as the model's files say")
-    query_prefix: str = flag("", "text before each query, such as 'query: '")
-    passage_prefix: str = flag("", "text before each passage")
-    max_query_length: int = flag(32, "tokens of a query")
-    max_passage_length: int | None = flag(None, "tokens of a passage")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "of autocast")
-    seed: int = flag(0, "of everything that is drawn")
-    text: str = flag("", "question or text; may stand first, without --text")
+    data: str = HfArg(default="python-docs", help="python-docs, folder, or BEIR name on the hub")
+    model: str = HfArg(default="out/bow_mae", help="encoder (folder, hub name), or bm25")
+    output: str = HfArg(default="out/retrieval", help="folder of all that is written")
+    pooling: Literal["auto", "cls", "mean"] = HfArg(default="auto", help="auto: as its files say")
+    similarity: Literal["auto", "dot", "cos"] = HfArg(default="auto", help="auto: as its files say")
+    query_prefix: str = HfArg(default="", help="text before each query, such as 'query: '")
+    passage_prefix: str = HfArg(default="", help="text before each passage")
+    max_query_length: int = HfArg(default=32, help="tokens of a query")
+    max_passage_length: int | None = HfArg(default=None, help="tokens of a passage")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="of autocast")
+    seed: int = HfArg(default=0, help="of everything that is drawn")
+    text: str = HfArg(default="", help="question or text; may stand first, without --text")
     # Search and evaluation.
-    index: str = flag("Flat", "of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
-    split: str = flag("test", "split that is evaluated")
-    top_k: int = flag(1000, "passages of a query; no metric is cut deeper")
-    relevance_level: int = flag(1, "lowest relevant grade; nDCG uses all grades")
-    keep_identical_ids: bool = flag(False, "keep a passage with its query's id")
-    compare: str = flag("", "TREC run file, for a paired permutation test")
+    index: str = HfArg(default="Flat", help="of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
+    split: str = HfArg(default="test", help="split that is evaluated")
+    top_k: int = HfArg(default=1000, help="passages of a query; no metric is cut deeper")
+    relevance_level: int = HfArg(default=1, help="lowest relevant grade; nDCG uses all grades")
+    keep_identical_ids: bool = HfArg(default=False, help="keep a passage with its query's id")
+    compare: str = HfArg(default="", help="TREC run file, for a paired permutation test")
     # Mining.
-    train_split: str = flag("train", "split that is trained on, or mined for")
+    train_split: str = HfArg(default="train", help="split that is trained on, or mined for")
     depth: list[int] = HfArg(default_factory=lambda: [2, 200], help="first and last rank to mine")
-    sample: int = flag(128, "negatives that are drawn from these ranks")
+    sample: int = HfArg(default=128, help="negatives that are drawn from these ranks")
     # Fine-tuning.
     train_data: list[str] = HfArg(default_factory=list, help="files of Tevatron or DPR, joined")
     negatives_file: list[str] = HfArg(default_factory=list, help="files of `mine`, joined")
-    negatives: int | None = flag(None, "hard negatives of a query in a step")
-    temperature: float = flag(1.0, "of the softmax over passages")
-    batch_size: int = flag(64, "queries of a step, over all processes")
-    epochs: int | None = flag(None, "passes over the training queries")
-    steps: int | None = flag(None, "optimizer steps; unset: those of --epochs")
-    micro_batch_size: int | None = flag(None, "queries that are encoded at a time")
-    lr: float | None = flag(None, "peak learning rate of AdamW")
-    lr_final_ratio: float = flag(0.1, "final learning rate over its peak")
-    warmup_steps: int | None = flag(None, "linear warm-up; unset: steps // 20")
-    weight_decay: float | None = flag(None, "of AdamW")
-    adam_beta2: float = flag(0.999, "β₂ of AdamW")
-    workers: int = flag(0, "data-loader processes of each process")
-    save_every: int = flag(500, "steps between checkpoints")
-    keep: int = flag(1, "newest checkpoints that are kept")
-    log_every: int = flag(10, "steps between lines of metrics.jsonl")
+    negatives: int | None = HfArg(default=None, help="hard negatives of a query in a step")
+    temperature: float = HfArg(default=1.0, help="of the softmax over passages")
+    batch_size: int = HfArg(default=64, help="queries of a step, over all processes")
+    epochs: int | None = HfArg(default=None, help="passes over the training queries")
+    steps: int | None = HfArg(default=None, help="optimizer steps; unset: those of --epochs")
+    micro_batch_size: int | None = HfArg(default=None, help="queries that are encoded at a time")
+    lr: float | None = HfArg(default=None, help="peak learning rate of AdamW")
+    lr_final_ratio: float = HfArg(default=0.1, help="final learning rate over its peak")
+    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; unset: steps // 20")
+    weight_decay: float | None = HfArg(default=None, help="of AdamW")
+    adam_beta2: float = HfArg(default=0.999, help="β₂ of AdamW")
+    workers: int = HfArg(default=0, help="data-loader processes of each process")
+    save_every: int = HfArg(default=500, help="steps between checkpoints")
+    keep: int = HfArg(default=1, help="newest checkpoints that are kept")
+    log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
 
 
 # Of flags that are not given: those of a run of minutes for python-docs, else the paper's values.
