@@ -1379,9 +1379,7 @@ def main(argv=None):
     print_once(f"not given: {' '.join(f'--{name} {value}' for name, value in filled.items())}")
     if config.data == "python-docs":
         print_once("building the corpus, or reading it from the cache")
-        if dist.get_rank() == 0:
-            python_docs()
-        dist.barrier()  # the others find it in the cache
+        python_docs()  # in one process, while the cache's lock makes the others wait
     command = bench if config.bench else train
     command(config, device)
 
