@@ -355,10 +355,12 @@ def list_files(data):
     tell of a test or validation split, empty ones, and what our own runs have left there.
     """
     path = Path(data)
-    files = [path / name for name in CORPORA if (path / name).is_file()][:1]
-    if path.is_dir() and not files:
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return []  # a saved dataset
+    corpora = [path / name for name in CORPORA if (path / name).is_file()]
+    if corpora:
+        files = corpora[:1]
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return []  # a saved dataset
+    elif path.is_dir():
         runs = {file.parent for file in path.rglob("run.json")}
         found = [file for file in path.rglob("*") if file_format(file) in FORMATS]
         found = [file for file in found if not runs & {*file.parents}]
@@ -366,11 +368,10 @@ def list_files(data):
         if len(files) < len(found):
             count = len(found) - len(files)
             print_once(f"note: {count} hidden, test or validation files are left out")
-    elif not files and (is_path(data) or glob.has_magic(data)):
-        names = [data] if path.is_file() else glob.glob(data, recursive=True)
-        files = [Path(name) for name in names]
-    elif not files:
-        return []
+    elif is_path(data) or glob.has_magic(data):
+        files = [path] if path.is_file() else map(Path, glob.glob(data, recursive=True))
+    else:
+        return []  # python-docs, or a hub name
     files = [file for file in files if file.is_file() and file.stat().st_size]
     formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
     if formats not in FORMATS:
