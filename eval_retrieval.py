@@ -904,15 +904,14 @@ def finetune(config, device):
     # Data, checkpoint and model.
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lock = bow_mae.prepare_output(config) if rank == 0 else None
-    bow_mae.load_tokenizer(config.model)  # a slip there must not cost the time to read the data
+    encoder = Encoder(config, device)  # first, as a slip in --model shows at once
     training = load_training_set(config)
     config = plan_steps(config, len(training.queries))
     checkpoint, state = bow_mae.load_checkpoint(config)
-    encoder = Encoder(config, device)
     # What training depends on, beside the flags: a change would go unseen when a run resumes.
     rows = np.concatenate([*training.positives, *training.negatives])
-    inputs = [encoder.fingerprint, training.passages.data.nbytes, training.queries, rows]
-    inputs = Hasher.hash(inputs)
+    parts = [encoder.fingerprint, training.passages.data.nbytes, training.queries, rows]
+    inputs = Hasher.hash(parts)
     if state.get("inputs", inputs) != inputs:
         reason = "was begun with another model, precision or data: give another --output"
         raise UserError(f"--output {config.output} {reason}")
@@ -929,8 +928,6 @@ def finetune(config, device):
     options["worker_init_fn"] = bow_mae.init_worker
     loader = torch.utils.data.DataLoader(batches, batch_size=None, **options)
 
-    # Tell what begins, or goes on.
-    steps_per_epoch = len(training.queries) // config.batch_size
     print_once(
         f"{config.steps} steps, {config.warmup_steps} of them warm-up, of {config.batch_size} of "
         f"{len(training.queries):,} queries, with 1 + {config.negatives} passages each"
@@ -988,7 +985,8 @@ def finetune(config, device):
             if saves or step % config.log_every == 0:
                 counts["stops"] = stop_signal.received > 0
                 sums = bow_mae.sum_over_processes(counts)
-                record = {"step": step, "epoch": step / steps_per_epoch, "loss": loss.item()}
+                epoch = step / (len(training.queries) // config.batch_size)
+                record = {"step": step, "epoch": epoch, "loss": loss.item()}
                 record |= {"lr": lr, "grad_norm": grad_norm.item()}
                 record |= bow_mae.measure_rates(sums, start, device)
                 bow_mae.append_metrics(config, record)
