@@ -591,7 +591,7 @@ def ranking(hits):
 
 
 def retrieve(config, task, encoder, k):
-    """The k best passages of each query, see `ranked_hits`; None on all processes but the first."""
+    """The k best passages of each query, see `ranked_hits`; on the first process alone, else []."""
     queries = list(task.queries.values())
     depth = k + 17  # more, for ties and for a passage that is dropped
     if encoder is None:
@@ -601,7 +601,7 @@ def retrieve(config, task, encoder, k):
         texts = datasets.Dataset.from_dict({"text": queries})
         files = encode_collection(config, encoder, texts, "queries")
         found = search_index(index, np.concatenate([np.load(file) for file in files]), depth)
-    return ranked_hits(task, *found, k) if found else None
+    return ranked_hits(task, *found, k) if found else []
 
 
 def ranked_hits(task, scores, rows, k):
@@ -1019,7 +1019,7 @@ def mine(config, device):
     """
     task, encoder, lock = prepare(config, config.train_split, device)
     ranked = retrieve(config, task, encoder, config.depth[1])
-    if ranked is None:  # the first process writes
+    if not ranked:  # the first process writes
         return
     path, num_negatives = Path(config.output, "negatives.jsonl"), 0
     with path.open("w") as file:
@@ -1160,15 +1160,11 @@ def search(config, device):
     if not all(file.exists() for file in files):
         reason = "has vectors of other data or another model, or not all: run `index` again"
         raise UserError(f"--output {config.output} {reason}")
-    index = build_index(config, encoder, task.passages)
-    found = search_index(index, encoder.encode([config.text], "queries"), 10)
-    if found is None:  # another process prints
-        return
-    scores, rows = found
-    for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
-        if row >= 0:
-            passage = " ".join(passage_texts(task.passages, [row])[0].split())
-            print(f"{score:8.3f}  {task.passages[row]['_id']}\n          {passage[:150]}")
+    task.queries["the question"] = config.text
+    for _, hits in retrieve(config, task, encoder, 10):
+        for name, score in hits.items():
+            passage = " ".join(passage_texts(task.passages, [task.rows[name]])[0].split())
+            print(f"{score:8.3f}  {name}\n          {passage[:150]}")
     del lock  # --output is free
 
 
