@@ -314,39 +314,26 @@ def mask(tokenizer, texts, draws=1, ratio=0.3):
     return input_ids, *bow_mae.whole_word_mask(input_ids, word_ids, tokenizer, ratio, generator)
 
 
-@pytest.fixture(scope="module")
-def masked():
-    """200 draws over 200 words of one to three pieces and 9 unknown ones."""
+def test_30_percent_of_the_words_are_masked_80_10_10_and_no_special_token():
+    """In 200 draws over 200 words of one to three pieces and 9 unknown ones."""
     tokenizer = word_tokenizer([*WORDS, *(f"##{word}" for word in WORDS)])
     rng = random.Random(0)
     words = ["xx"] * 9
     for _ in range(200):
         words.append("".join(rng.choices(WORDS, k=rng.randint(1, 3))))
-    return tokenizer, words, *mask(tokenizer, [" ".join(words)], draws=200)
-
-
-def test_30_percent_of_the_words_are_masked(masked):
-    tokenizer, words, _, _, chosen = masked
-    word_ids = tokenizer(" ".join(words)).word_ids()
+    text = " ".join(words)
+    input_ids, masked_ids, chosen = mask(tokenizer, [text], draws=200)
+    word_ids = tokenizer(text).word_ids()
     first = [word_ids.index(number) for number in range(209)]  # token of each word
     assert chosen[:, first].sum(1).tolist() == [60] * 200
-
-
-def test_of_the_masked_80_become_mask_10_random_10_stay(masked):
-    tokenizer, _, input_ids, masked_ids, chosen = masked
-    before, after = input_ids[chosen], masked_ids[chosen]
-    become_mask, stay = (after == tokenizer.mask_token_id).sum(), (after == before).sum()
-    assert become_mask.item() == pytest.approx(0.8 * len(after), rel=0.01)
-    assert stay.item() == pytest.approx(0.1 * len(after), rel=0.1)
     assert torch.equal(masked_ids[~chosen], input_ids[~chosen])
-
-
-def test_special_tokens_are_neither_masked_nor_drawn(masked):
-    tokenizer, _, input_ids, masked_ids, chosen = masked
+    before, after = input_ids[chosen], masked_ids[chosen]
+    becomes_mask, stays = after == tokenizer.mask_token_id, after == before
+    assert becomes_mask.sum().item() == pytest.approx(0.8 * len(after), rel=0.01)
+    assert stays.sum().item() == pytest.approx(0.1 * len(after), rel=0.1)
     special = torch.tensor(tokenizer.all_special_ids)
-    drawn = masked_ids[chosen & (masked_ids != tokenizer.mask_token_id)]
-    assert not torch.isin(input_ids[chosen], special).any()
-    assert not torch.isin(drawn, special).any()
+    assert not torch.isin(before, special).any()
+    assert not torch.isin(after[~becomes_mask], special).any()
 
 
 def test_at_least_one_word_of_each_sequence_is_masked():
@@ -1625,17 +1612,21 @@ def test_an_index_that_cannot_serve_is_refused_before_encoding(index, tmp_path, 
 def test_a_corpus_alone_is_indexed_and_searched_with_output_alone(tmp_path, capfd):
     """Data and flags are those of the index; nothing is encoded again but the question."""
     write_jsonl(tmp_path / "data/corpus.jsonl", PASSAGES)
-    flags = ["--model", MODEL, "--data", tmp_path / "data", "--similarity", "cos"]
+    model = write_model(tmp_path / "model")
+    flags = ["--model", model, "--data", tmp_path / "data", "--similarity", "cos"]
     retrieval("index", *flags, "--output", tmp_path / "out")
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/vectors/*/*/*")}
     capfd.readouterr()
-    retrieval("search", PASSAGES[50]["text"], "--output", tmp_path / "out")
+    search = ["search", PASSAGES[50]["text"], "--output", tmp_path / "out"]
+    retrieval(*search)
     lines = capfd.readouterr().out.splitlines()[1:]  # the first tells of the model
     scores = [float(line.split()[0]) for line in lines[::2]]
     assert len(lines) == 20 and scores == sorted(scores, reverse=True) and scores[0] < 1.01
     assert lines[0].split()[1] == "d50" and PASSAGES[50]["text"] in lines[1]
     assert len(files) == 5
     assert all(path.stat().st_mtime_ns == files[path] for path in files)
+    write_model(tmp_path / "model", seed=1)
+    assert "run `index` again" in error_of(capfd, retrieval, *search)
 
 
 def test_each_process_and_each_start_finds_the_same_vectors(tmp_path):
@@ -1651,33 +1642,14 @@ def test_each_process_and_each_start_finds_the_same_vectors(tmp_path):
     assert "d50" in ended.stdout and len(list(tmp_path.glob("cache/generator/*"))) == 1
 
 
-def test_search_refuses_vectors_of_another_model(tmp_path, capfd):
-    """It must not encode a collection again for a question."""
-    write_jsonl(tmp_path / "data/corpus.jsonl", PASSAGES)
-    model = write_model(tmp_path / "model")
-    flags = ["--model", model, "--data", tmp_path / "data", "--output", tmp_path / "out"]
-    retrieval("index", *flags)
-    write_model(tmp_path / "model", seed=1)
-    flags = ["search", "a question", "--output", tmp_path / "out"]
-    assert "run `index` again" in error_of(capfd, retrieval, *flags)
-
-
 def test_results_of_another_model_are_not_overwritten(evaluated, capfd):
     before = (evaluated / "run.trec").read_bytes()
     assert "give another --output" in error_of(capfd, retrieval, *BM25, evaluated)
     assert (evaluated / "run.trec").read_bytes() == before
 
 
-def test_compare_tells_of_queries_that_a_run_file_lacks(evaluated, tmp_path, capfd):
-    lines = (evaluated / "run.trec").read_text().splitlines(keepends=True)
-    first = [line for line in lines if line.split()[0] == lines[0].split()[0]]
-    (tmp_path / "first.trec").write_text("".join(first))
-    retrieval(*BM25, tmp_path / "out", "--compare", tmp_path / "first.trec")
-    queries = {line.split()[0] for line in lines}
-    assert f"{len(queries) - 1} queries are not in" in capfd.readouterr().out
-
-
-def test_compare_prints_differences_and_their_p_values(evaluated, tmp_path):
+def test_compare_prints_differences_and_their_p_values(evaluated, tmp_path, capfd):
+    """And tells of queries that the run file lacks."""
     retrieval(*BM25, tmp_path, "--compare", evaluated / "run.trec")
     ours, theirs = (read_json(path, "metrics.json") for path in (tmp_path, evaluated))
     found = read_json(tmp_path, "compare.json")
@@ -1686,6 +1658,9 @@ def test_compare_prints_differences_and_their_p_values(evaluated, tmp_path):
     assert differences["MRR@10"] > 0.3 and found["MRR@10"]["p"] < 0.001
     retrieval(*BM25, tmp_path, "--compare", tmp_path / "run.trec")
     assert {row["p"] for row in read_json(tmp_path, "compare.json").values()} == {1}
+    (tmp_path / "other.trec").write_text("q40 Q0 d40 1 1.0 tag\n")  # of 30 queries
+    retrieval(*BM25, tmp_path, "--compare", tmp_path / "other.trec")
+    assert "29 queries are not in" in capfd.readouterr().out
 
 
 def test_explain_prints_the_terms_of_cls(capfd):
