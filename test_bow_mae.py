@@ -671,14 +671,8 @@ def test_columns_that_are_not_read_may_hold_anything(tmp_path):
 
 def test_text_columns_are_joined_and_may_be_null(tmp_path):
     """Half a surrogate pair in them is no text, so it is unknown."""
-    pairs = [
-        ("ba", "ke di"),
-        (None, "lo"),
-        ("", "mu"),
-        ("gal", None),
-        (None, None),
-        ("ke", "\ud83d"),
-    ]
+    pairs = [("ba", "ke di"), (None, "lo"), ("", "mu"), ("gal", None), (None, None)]
+    pairs.append(("ke", "\ud83d"))
     rows = [{"title": title, "text": text} for title, text in pairs] + [{"text": "ven"}]
     data = write_jsonl(tmp_path / "a.jsonl", rows)
     found = read_texts(data, text_columns=["title", "text"])
@@ -951,13 +945,6 @@ def test_a_run_begun_on_one_process_goes_on_with_two(unbroken, unfinished):
     assert close(unfinished, unbroken)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(unbroken, tmp_path, capfd):
-    shutil.copytree(unbroken, tmp_path / "out")
-    train("--output", tmp_path / "out")
-    assert "this run is finished: 20 steps" in capfd.readouterr().out
-    assert same_run(tmp_path / "out", unbroken)
-
-
 @pytest.mark.parametrize("file", ["model.safetensors", "training_state.pt"])
 def test_a_damaged_checkpoint_is_named(file, unbroken, unfinished, capfd):
     """Once it is removed the run resumes from the one before."""
@@ -982,13 +969,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(unbroken, unfinished):
     assert same_run(unfinished, unbroken)
 
 
-def test_data_that_changed_since_the_checkpoint_is_named(tmp_path, capfd):
-    data = write_jsonl(tmp_path / "a.jsonl", make_texts(20))
+def test_a_finished_run_says_so_and_which_data_has_changed(tmp_path, capfd):
+    """It changes nothing."""
+    data = write_jsonl(tmp_path / "a.jsonl", TEXTS[:120])
     flags = ["--data", data, "--output", tmp_path / "out", "--steps", 5]
     train(*flags)
-    write_jsonl(data, make_texts(21))
+    shutil.copytree(tmp_path / "out", tmp_path / "before")
+    write_jsonl(data, TEXTS[:121])
     train(*flags)
-    assert f"has changed since the checkpoint: {data}" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "this run is finished: 5 steps" in told
+    assert f"has changed since the checkpoint: {data}" in told
+    assert same_run(tmp_path / "out", tmp_path / "before")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -1738,30 +1730,25 @@ def test_cached_gradients_are_those_of_one_big_batch(finetuned, tmp_path, monkey
         assert (cached - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
 
 
-@pytest.mark.parametrize("micro_batch_size, passes", [(8, 1), (4, 4)])
-def test_a_lone_micro_batch_is_encoded_once(
-    micro_batch_size, passes, finetuned, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("size, passes", [(8, 1), (4, 4)])
+def test_a_lone_micro_batch_is_encoded_once(size, passes, finetuned, tmp_path, monkeypatch):
     calls, encode = [], eval_retrieval.encode_pair
     monkeypatch.setattr(eval_retrieval, "encode_pair", lambda *a: calls.append(1) or encode(*a))
-    flags = [*finetuned[0], "--steps", 1, "--micro_batch_size", micro_batch_size]
+    flags = [*finetuned[0], "--steps", 1, "--micro_batch_size", size]
     retrieval(*flags, "--output", tmp_path)
     assert len(calls) == passes
 
 
-def test_two_processes_give_the_losses_and_gradients_of_one_in_fine_tuning(
-    finetuned, finetuned_on_two
-):
+def test_fine_tuning_on_two_processes_is_that_on_one(finetuned, finetuned_on_two):
+    """In its losses and gradients."""
     one, two = (records(output, "grad_norm") for output in (finetuned[1], finetuned_on_two))
     for name in ("loss", "grad_norm"):
         ours, theirs = ([row[name] for row in rows] for rows in (one, two))
         assert theirs == pytest.approx(ours, rel=1e-4) and len(ours) == 10
 
 
-def test_fine_tuning_on_two_processes_resumes_exactly_after_sigterm(
-    finetuned, finetuned_on_two, tmp_path
-):
-    """Of the first process alone, and with data-loader processes from there on."""
+def test_fine_tuning_resumes_exactly_after_sigterm(finetuned, finetuned_on_two, tmp_path):
+    """Of the first of two processes, and with data-loader processes from there on."""
     flags = [*finetuned[0], "--output", tmp_path]
     options = {"module": "eval_retrieval", "processes": 2}
     stop = signal_at(signal.SIGTERM, "open", "metrics.jsonl", 6)
