@@ -35,7 +35,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections import ChainMap, Counter, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -130,7 +130,8 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
     unit_ids = torch.arange(input_ids.shape[1] + 1, device=device)  # 0: tokens in no unit
     draws = torch.rand(len(input_ids), len(unit_ids), generator=generator, device=device)
     draws = draws.masked_fill((unit_ids == 0) | (unit_ids > num_units), 2.0)  # (B, L + 1), last
-    is_chosen_unit = draws.argsort(1).argsort(1) < num_chosen  # argsort of argsort is the rank
+    ranks = draws.argsort(1).argsort(1)  # (B, L + 1) of each unit's draw
+    is_chosen_unit = ranks < num_chosen
     chosen = is_chosen_unit.gather(1, units) & is_word  # (B, L)
 
     # Replace the chosen tokens.
@@ -296,12 +297,15 @@ def docstrings(versions):
             # No set, as the cache is keyed by this code, pickled, and a set has no fixed order.
             if any(name in parts for name in ("site-packages", "dist-packages", "test", "tests")):
                 continue
-            nodes = []
-            with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                name = ".".join(part for part in parts if part not in ("python", "__init__"))
-                nodes.append((name, ast.parse(path.read_bytes())))
-            for name, node in nodes:  # which grows meanwhile
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):
+                continue
+            name = ".".join(part for part in parts if part not in ("python", "__init__"))
+            nodes = [(name, tree)]
+            for name, node in nodes:  # to which their children are appended meanwhile
                 for child in ast.iter_child_nodes(node):
                     if isinstance(child, DOCUMENTED):
                         nodes.append((f"{name}.{child.name}", child))
@@ -341,7 +345,7 @@ def file_format(path):
 
 
 def is_path(name):
-    """Whether a --model or --data can only be a path: a name of the hub has at most one slash."""
+    """Whether a --model or --data must be a path; any other may be a name of the hub, as a/b is."""
     path = Path(name)
     in_folder = len(path.parts) == 2 and path.parent.is_dir()
     is_file = path.exists() or file_format(path) in FORMATS
@@ -477,7 +481,8 @@ def read_texts(config, files, shard=0, num_shards=1, epoch=None, data_position=(
     for index in range(start, len(pieces)):
         name = pieces[index][0]
         # Each piece starts at another shard: else small ones would feed the first shards alone.
-        first = (shard + zlib.crc32(Path(name).name.encode())) % num_shards + done * num_shards
+        offset = zlib.crc32(Path(name).name.encode())
+        first = (shard + offset) % num_shards + done * num_shards
         for number, record in read_records(pieces[index], first, num_shards, columns):
             values = [record[column] for column in columns if record.get(column) is not None]
             if not all(isinstance(value, str) for value in values):
@@ -491,9 +496,11 @@ def read_texts(config, files, shard=0, num_shards=1, epoch=None, data_position=(
 
 def sample_texts(config, files):
     """The texts at the start of --data, and the share to hold out: some 100, at most 1 in 10."""
+    found = set()  # the columns of the first records
     try:
         records = itertools.chain.from_iterable(map(read_records, list_pieces(config, files)))
-        found = {name for _, record in itertools.islice(records, 100) for name in record}
+        for _, record in itertools.islice(records, 100):
+            found |= record.keys()
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"--data {config.data}: {short_reason(error)}") from error
     if not set(config.text_columns) <= found:
@@ -674,12 +681,14 @@ def make_loader(config, tokenizer, files, held_out_share, state):
     num_workers = math.gcd(config.workers, share) if config.workers else 0
     options = {"num_workers": num_workers, "worker_init_fn": init_worker, "collate_fn": to_arrays}
     if num_workers:
-        # A worker makes a buffer of batches at once; two in store, and training never waits.
+        # A worker makes the batches of a buffer at once: with room for two, training need not wait.
         sequences = BUFFER_TEXTS + BUFFER_CHARACTERS // (4 * config.max_length)
         batches = math.ceil(sequences / config.micro_batch_size)
         options["prefetch_factor"] = 2 * batches * share // num_workers
     items = iter(torch.utils.data.DataLoader(stream, batch_size=None, **options))
-    for info, arrays in fetch_ahead(items, 64) if num_workers else items:
+    if num_workers:
+        items = fetch_ahead(items, 64)
+    for info, arrays in items:
         yield info, BatchEncoding(torch.utils.data.default_convert(arrays))
 
 
@@ -969,10 +978,10 @@ def parse_config(argv, kind):
     return config
 
 
-def check_numbers(config, least):
-    """UserError for a number below its least, which is 0 for a float and 1 for an integer."""
+def check_numbers(config, minimums):
+    """UserError for a number that is not finite, or below its minimum: else 0, or 1 of integers."""
     for name, value in vars(config).items():
-        lowest = least.get(name, 0 if isinstance(value, float) else 1)
+        lowest = minimums.get(name, 0 if isinstance(value, float) else 1)
         if type(value) in (int, float) and not lowest <= value < math.inf:
             raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
 
@@ -1254,12 +1263,13 @@ def train(config, device):
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
 
-            # Log the losses of this step, and the rates since the last line.
+            # Log the losses of this step, and the rates since the last line: the sum waits for the
+            # device, so that they are true.
             sums = sum_over_processes({**step_losses, **counts, "stops": stop_signal.received > 0})
             record = {"step": step, "epoch": info["position"][0]}
             record |= {name: sums[name] / world_size for name in step_losses}
             record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
-            record |= measure_rates(sums, start, device)  # the sum has waited for the device
+            record |= measure_rates(sums, start, device)
             append_metrics(config, record)
             shown = [f"{name} {value:.3f}" for name, value in record.items() if "_loss" in name]
             shown += [f"{record['tokens_per_second']:,.0f} tokens/s", f"epoch {record['epoch']}"]
@@ -1275,7 +1285,9 @@ def train(config, device):
             if saves or stops:
                 all_positions = [None] * world_size
                 dist.all_gather_object(all_positions, positions)
-                state = {"step": step, "positions": dict(ChainMap(*all_positions))}
+                state = {"step": step, "positions": {}}
+                for own in all_positions:
+                    state["positions"] |= own
                 state |= {"file_sizes": file_sizes, "held_out_share": held_out_share}
                 state["decoder"] = model.decoder.state_dict()
                 state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}

@@ -262,8 +262,10 @@ def read_folder(folder, split):
         names += sorted(path.name for path in folder.glob(f"*{split}.qa.csv*"))  # of DPR
         asked = find_file(folder, *names)
         judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
-        if not asked or not judged and split not in asked.name:
-            raise UserError(f"--data {folder} has no {'qrels' if asked else 'queries'} of {split}")
+        if asked is None:
+            raise UserError(f"--data {folder} has no queries of {split}")
+        if judged is None and split not in asked.name:
+            raise UserError(f"--data {folder} has no qrels of {split}")
         queries, answers = collect_queries(read_file(asked))
         qrels = collect_qrels(read_file(judged)) if judged else {}
     return cached_dataset(read_passages, corpus), queries, answers, qrels
@@ -487,7 +489,8 @@ def check_index(config, encoder, num_passages):
         needed = max(needed, 2 ** int(bits[-1]))
     starts = range(0, num_passages, CHUNK_SIZE)[dist.get_rank() :: dist.get_world_size()]
     share = sum(min(CHUNK_SIZE, num_passages - start) for start in starts)
-    share = math.ceil(share / max(1, math.ceil(share / MOST_TRAINING_VECTORS)))
+    every = max(1, math.ceil(share / MOST_TRAINING_VECTORS))  # see build_index
+    share = math.ceil(share / every)
     if 0 < share < needed:
         raise UserError(f"--index {config.index} needs {needed} passages a process, not {share}")
 
@@ -723,7 +726,7 @@ class TrainingSet:
     """Passages, and for each query its text, the rows of its positives and hard negatives."""
 
     passages: datasets.Dataset  # of --data, then of each --train_data
-    identity: np.ndarray  # (passages,) equal numbers are the same passage
+    identity: np.ndarray  # (passages,) rows with the same number are the same passage
     queries: list[str]
     positives: list[np.ndarray]
     negatives: list[np.ndarray]
@@ -803,7 +806,10 @@ def load_training_set(config):
 
 
 class FinetuningSteps(torch.utils.data.Dataset):
-    """This process's micro-batches of a step, by (seed, step) alone; an epoch has whole steps."""
+    """Item `step` holds this process's micro-batches of that step, a function of (seed, step).
+
+    An epoch has whole steps only: the queries left over at its end are skipped.
+    """
 
     def __init__(self, config, tokenizer, training):
         self.config, self.tokenizer, self.training = config, tokenizer, training
