@@ -751,7 +751,7 @@ def load_tokenizer(source):
     if is_path(source) and not Path(source).is_dir():
         raise UserError(f"--model {source}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
     is_unfit = not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token)

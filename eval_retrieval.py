@@ -207,6 +207,8 @@ def cached_dataset(read, path):
     try:
         return datasets.Dataset.from_generator(read, gen_kwargs=arguments, cache_dir=cache)
     except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, datasets.arrow_writer.SchemaInferenceError):
+            raise UserError(f"{path} has no records") from error
         raise error.__cause__ or error from error  # a UserError, with the line
     except ValueError as error:
         raise UserError(f"{path} has no records") from error
@@ -221,8 +223,11 @@ def collect_queries(records):
             raise UserError(f"{where}: query {query['_id']} occurs twice")
         if query["text"].strip():
             queries[query["_id"]] = query["text"]
-        if record.get("answers"):
-            answers[query["_id"]] = record["answers"]
+        found = record.get("answers") or []
+        if isinstance(found, str) or not all(isinstance(answer, str) for answer in found):
+            raise UserError(f"{where}: answers must be a list of texts")
+        if found:
+            answers[query["_id"]] = found
     return queries, answers
 
 
@@ -329,8 +334,8 @@ def load_task(config, split):
         if lost:
             print_once(f"warning: {len(lost)} {kind} are missing, the first is {lost[0]!r}")
     asked = [query_id for query_id in qrels or answers if query_id in queries]
-    best = max((max(grades.values()) for grades in qrels.values()), default=1)
-    if best < 1:
+    grades = [grade for name in asked for grade in qrels.get(name, {}).values()]
+    if max(grades, default=1) < 1:
         raise UserError(f"--data {config.data}: no passage is relevant to a query of {split}")
     if split and not asked or judged and len(lost_passages) == len(judged):
         raise UserError(f"--data {config.data} lacks all queries, or judged passages, of {split}")
@@ -362,15 +367,19 @@ def model_file(source, name):
 
 def saved_pooling(source):
     """Pooling and similarity that the sentence-transformers files of a model ask for."""
-    modules = [module["type"].split(".")[-1] for module in model_file(source, "modules.json")]
-    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
+    modules = model_file(source, "modules.json")
+    kinds = [module["type"].split(".")[-1] for module in modules]
+    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise UserError(f"--model {source}: its module {min(unknown)} is not supported")
-    config = model_file(source, "1_Pooling/config.json")
+    folders = [module["path"] for module in modules if module["type"].endswith("Pooling")]
+    config = model_file(source, f"{(folders or ['1_Pooling'])[0]}/config.json")
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     modes = [name for name in config if "pooling_mode_" in name and config[name]]
     pooling = "+".join(names.get(mode, mode) for mode in modes) or config.get("pooling_mode", "cls")
-    return pooling, "cos" if "Normalize" in modules else "dot"
+    score = model_file(source, "config_sentence_transformers.json").get("similarity_fn_name")
+    is_cosine = "Normalize" in kinds or score == "cosine"
+    return pooling, "cos" if is_cosine else "dot"
 
 
 class Encoder(nn.Module):
@@ -381,11 +390,11 @@ class Encoder(nn.Module):
         source = source or config.model
         longest = max(config.max_query_length, config.max_passage_length)
         options = {"dtype": torch.float32, "output_loading_info": True}
+        self.tokenizer = bow_mae.load_tokenizer(source)
         try:
-            self.tokenizer = bow_mae.load_tokenizer(source)
             lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
             lm.base_model(torch.full((1, longest), len(self.tokenizer) - 1))
-        except (OSError, ValueError, IndexError, RuntimeError) as error:
+        except Exception as error:  # whatever damaged files or other kinds of models raise
             reason = bow_mae.short_reason(error)
             raise UserError(f"--model {source} cannot encode {longest} tokens: {reason}") from error
         missing = report["missing_keys"]
@@ -486,13 +495,24 @@ def check_index(config, encoder, num_passages):
     needed = inverted.nlist if inverted else 1
     if re.search("PQ|RQ", config.index):
         bits = re.findall(r"x(\d+)", config.index) or ["8"]  # PQ16 is PQ16x8
-        needed = max(needed, 2 ** int(bits[-1]))
+        needed = max(needed, 2 ** int(bits[-1]), 256 if "OPQ" in config.index else 1)
     starts = range(0, num_passages, CHUNK_SIZE)[dist.get_rank() :: dist.get_world_size()]
     share = sum(min(CHUNK_SIZE, num_passages - start) for start in starts)
     every = max(1, math.ceil(share / MOST_TRAINING_VECTORS))  # see build_index
     share = math.ceil(share / every)
     if 0 < share < needed:
         raise UserError(f"--index {config.index} needs {needed} passages a process, not {share}")
+    # A trial on random vectors: some faults show when an index is trained, filled or searched.
+    size = min(share, max(needed, 1024))
+    vectors = np.random.default_rng(0).standard_normal((size, encoder.width), np.float32)
+    try:
+        if 0 < size <= 4096:  # more centroids would take long
+            index.train(vectors)
+            index.add(vectors)
+            index.search(vectors[:1], 1)
+    except RuntimeError as error:
+        reason = str(error).split("Error: ")[-1]
+        raise UserError(f"--index {config.index} of {share} passages: {reason}") from error
 
 
 def build_index(config, encoder, passages):
@@ -508,6 +528,9 @@ def build_index(config, encoder, passages):
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = max(1, inverted.nlist // 16)  # lists searched for a query, not only 1
+    if "HNSW" in kind:  # it finds no more than efSearch passages, 16 if not set
+        depth = max(config.top_k, config.depth[1]) + 17
+        faiss.ParameterSpace().set_index_parameter(index, "efSearch", depth)
     for file in tqdm(own, "index", unit="file", disable=dist.get_rank() > 0):
         vectors = np.load(file)
         index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem))
@@ -604,6 +627,13 @@ def retrieve(config, task, encoder, k):
         texts = datasets.Dataset.from_dict({"text": queries})
         files = encode_collection(config, encoder, texts, "queries")
         found = search_index(index, np.concatenate([np.load(file) for file in files]), depth)
+        if found:
+            num_found = (found[1] >= 0).sum(1)  # (Q,)
+            num_short = (num_found < min(k, len(task.passages))).sum()
+            if num_short:
+                print(
+                    f"warning: {num_short} queries get fewer than {k} from --index {config.index}"
+                )
     return ranked_hits(task, *found, k) if found else []
 
 
@@ -686,14 +716,24 @@ def find_answers(task, query_id, names):
 
 
 def answer_hits(task, run, top_k):
-    """AnswerHit@k of each query with answers: whether one of the k best passages has one."""
+    """AnswerHit@k of each query with answers: whether one of its k best passages has one."""
     results = {}
-    for query_id, hits in run.items():
+    for query_id in task.queries:
         if query_id in task.answers:
-            found = find_answers(task, query_id, list(hits)[:100])
+            names = ranking(run.get(query_id, {}))[:100]
+            known = [name for name in names if name in task.rows]
+            has = dict(zip(known, find_answers(task, query_id, known), strict=True))
+            found = [has.get(name, False) for name in names]
             ranks = [k for k in (5, 20, 100) if k <= top_k]
             results[query_id] = {f"AnswerHit@{k}": float(any(found[:k])) for k in ranks}
     return results
+
+
+def measure_run(config, task, run):
+    """Each metric of each query, by the judgements and by the answers."""
+    judged = evaluate_run(run, task.qrels, config.relevance_level, config.top_k)
+    answered = answer_hits(task, run, config.top_k)
+    return {name: judged.get(name, {}) | answered.get(name, {}) for name in judged | answered}
 
 
 def permutation_test(differences, seed=0):
@@ -916,11 +956,12 @@ def finetune(config, device):
     checkpoint, state = bow_mae.load_checkpoint(config)
     # What training depends on, beside the flags: a change would go unseen when a run resumes.
     rows = np.concatenate([*training.positives, *training.negatives])
-    parts = [encoder.fingerprint, training.passages.data.nbytes, training.queries, rows]
-    inputs = Hasher.hash(parts)
-    if state.get("inputs", inputs) != inputs:
-        reason = "was begun with another model, precision or data: give another --output"
-        raise UserError(f"--output {config.output} {reason}")
+    contents = Hasher.hash([training.passages.data.nbytes, training.queries, rows])
+    inputs = {"model": encoder.fingerprint, "data": contents}
+    for name, value in inputs.items():
+        if state.get(name, value) != value:
+            reason = f"was begun with other content of --{name}: give another --output"
+            raise UserError(f"--output {config.output} {reason}")
     encoder = Encoder(config, device, checkpoint).train() if checkpoint else encoder.train()
     parameters = list(encoder.lm.base_model.parameters())
     optimizer = bow_mae.build_optimizer(config, encoder.lm.base_model)
@@ -1003,7 +1044,7 @@ def finetune(config, device):
 
             # Save.
             if (saves or stops) and rank == 0:
-                state = {"step": step, "inputs": inputs, "optimizer": optimizer.state_dict()}
+                state = {"step": step, **inputs, "optimizer": optimizer.state_dict()}
                 state["scaler"] = scaler.state_dict()
                 model = (encoder.lm, encoder.tokenizer, config.max_passage_length)
                 pooling = (encoder.pooling, encoder.similarity)
@@ -1080,6 +1121,8 @@ def evaluate(config, device):
     """Retrieve for the queries of --split; write run and metrics, return mean metrics."""
     other = read_run(config.compare) if config.compare else {}
     task, encoder, lock = prepare(config, config.split, device)
+    if not task.qrels and config.top_k < 5:
+        raise UserError(f"--top_k {config.top_k} is below 5, where answers are first counted")
     ranked = retrieve(config, task, encoder, config.top_k)
     if not ranked:
         return None
@@ -1092,19 +1135,15 @@ def evaluate(config, device):
         for query_id, grades in task.qrels.items():
             for name, grade in grades.items():
                 file.write(f"{query_id} 0 {name} {grade}\n")
-    results = evaluate_run(run, task.qrels, config.relevance_level, config.top_k)
-    answered = answer_hits(task, run, config.top_k)
-    rows = []
-    for query_id in results | answered:
-        values = results.get(query_id, {}) | answered.get(query_id, {})
-        rows.append({"query_id": query_id} | values)
+    results = measure_run(config, task, run)
+    rows = [{"query_id": query_id} | values for query_id, values in results.items()]
     lines = [json.dumps(row) + "\n" for row in rows]
     (output / "per_query.jsonl").write_text("".join(lines))
     means = pd.DataFrame(rows).mean(numeric_only=True).to_dict()
     bow_mae.write_json(output / "metrics.json", means)
     bow_mae.print_table({name: {"": means[name]} for name in means}, [""], config.model)
-    if len(results) < len(task.qrels):
-        lost = len(task.qrels) - len(results)
+    lost = sum(max(grades.values()) < 1 for grades in task.qrels.values())
+    if lost:
         print_once(f"{lost} queries without a relevant passage are left out; trec_eval counts 0")
     if other:
         compare(config, task, results, other)
@@ -1116,10 +1155,14 @@ def compare(config, task, results, other):
     num_missing = len(results.keys() - other.keys())
     if num_missing:
         print_once(f"warning: {num_missing} queries are not in {config.compare} and count 0 there")
-    others = evaluate_run(other, task.qrels, config.relevance_level)
+    depth = max(map(len, other.values()))
+    if depth < min(config.top_k, len(task.rows)):
+        print_once(f"warning: {config.compare} has at most {depth} passages of a query")
+    others = measure_run(config, task, other)
     differences = pd.DataFrame(results) - pd.DataFrame(others)  # a column a query
     table = {}
-    for name, row in differences.dropna().iterrows():
+    for name, row in differences.iterrows():
+        row = row.dropna()  # some queries have judgements, some answers
         p = permutation_test(row.to_numpy(), config.seed)
         table[name] = {"difference": row.mean(), "p": p}
     bow_mae.print_table(table, ["difference", "p"], f"against {config.compare}")
@@ -1128,13 +1171,19 @@ def compare(config, task, results, other):
 
 def recipe(config, device):
     """The paper's two stages, with negatives of BM25, then of the first stage's model."""
-    _, _, lock = prepare(config, config.split, device)
-    config = plan_steps(config, len(load_task(config, config.train_split).queries))
+    if config.model == "bm25" or config.negatives_file:
+        raise UserError("the recipe mines its own negatives, and fine-tunes --model, not bm25")
+    _, encoder, lock = prepare(config, config.split, device)
+    load_task(config, config.train_split)  # is mined for
+    training = load_training_set(replace(config, negatives=0))
+    config = plan_steps(config, len(training.queries))
     output, miner, plans = Path(config.output), "bm25", {}
     for stage in ("stage1", "stage2"):
         mined, tuned, tested = (str(output / stage / name) for name in ("mined", "model", "test"))
         tuning = replace(config, negatives_file=[f"{mined}/negatives.jsonl"], output=tuned)
-        bow_mae.load_checkpoint(tuning)  # refuses other flags than those of an earlier start
+        _, state = bow_mae.load_checkpoint(tuning)  # refuses other flags
+        if state.get("model", encoder.fingerprint) != encoder.fingerprint:
+            raise UserError(f"--output {tuned} was begun with another model: give another --output")
         mining = replace(config, model=miner, output=mined)
         plans[stage] = (mining, tuning, replace(config, model=tuned, output=tested))
         miner = tuned
@@ -1229,11 +1278,15 @@ def parse_command(argv):
     table = SHORT_DEFAULTS if is_short else PAPER_DEFAULTS
     filled = {name: table[name] for name in table if name in given and given[name] is None}
     config = replace(config, **filled)
-    bow_mae.check_numbers(config, {"seed": 0, "negatives": 0, "warmup_steps": 0, "workers": 0})
+    least = {"seed": 0, "negatives": 0, "warmup_steps": 0, "workers": 0}
+    least |= {"max_query_length": 3, "max_passage_length": 3}
+    bow_mae.check_numbers(config, least)
     if len(config.depth) != 2 or not 1 <= config.depth[0] <= config.depth[1]:
         raise UserError("--depth needs two ranks, the first and the last, such as 2 200")
     if config.temperature == 0 or config.adam_beta2 >= 1:
         raise UserError("--temperature must be above 0, and --adam_beta2 below 1")
+    if "" in (config.split, config.train_split):
+        raise UserError("--split and --train_split need a name")
     if "text" in given and not config.text:
         raise UserError(f"{argv[0]} needs a text, in quotation marks")
     return command, config, filled
@@ -1251,6 +1304,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # else it reports a head that an encoder lacks
     main()
     # All work is done. Threads that gloo leaves behind would abort some exits of Python.
     sys.stdout.flush()

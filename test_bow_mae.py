@@ -1392,6 +1392,9 @@ def test_dpr_files(tmp_path):
     retrieval("evaluate", *flags)
     metrics = read_json(tmp_path / "out/metrics.json")
     assert metrics == {"AnswerHit@5": 0.0, "AnswerHit@20": 0.0}  # BM25 finds no word
+    (tmp_path / "other.trec").write_text("question:1 Q0 gone 1 2 x\nquestion:2 Q0 2 1 1 x\n")
+    retrieval("evaluate", *flags, "--compare", tmp_path / "other.trec")
+    assert read_json(tmp_path / "out/compare.json")["AnswerHit@5"]["difference"] == -0.5
 
 
 def test_hub_names_are_loaded_as_those_of_beir(monkeypatch):
@@ -1446,6 +1449,11 @@ BAD_LINES = [  # file, what is added to it, what the message must say
     ("corpus.jsonl", '{"_id": "a b", "text": ""}', "the id 'a b' is empty or has white space"),
     ("queries.jsonl", '{"_id": "q4", "text": ""}', "line 71: query q4 occurs twice"),
     ("queries.jsonl", '{"_id": "a b", "text": "ba"}', "the id 'a b' is empty"),
+    (
+        "queries.jsonl",
+        '{"_id": "a", "text": "", "answers": "b"}',
+        "answers must be a list of texts",
+    ),
     ("qrels/test.tsv", "q1\td1\t0.7", "test.tsv, line 32: the grade 0.7 is no integer"),
     ("qrels/test.tsv", "q41\td41\t0", "line 32: q41 d41 has another grade"),
     ("qrels/test.tsv", "q1\td1", "test.tsv, line 32: expected query-id"),
@@ -1496,8 +1504,10 @@ KINDS = [(True, "cls", "dot"), (False, "mean", "cos")]
 
 @pytest.mark.parametrize("has_head, pooling, similarity", KINDS)
 def test_vectors_are_those_of_a_plain_loop(has_head, pooling, similarity, tmp_path):
-    """With pooling and similarity of the folder, and with those of the flags."""
+    """With pooling and similarity of the folder, and of flags; padding is put to the right."""
     source = write_model(tmp_path, has_head, pooling, similarity)
+    settings = read_json(tmp_path, "tokenizer_config.json") | {"padding_side": "left"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     texts = make_texts(99, longest=12)
     for flags in ({}, {"pooling": "mean", "similarity": "dot"}):
         expected = plain_vectors(source, texts, *(flags.values() or (pooling, similarity)))
@@ -1517,6 +1527,11 @@ def test_pooling_is_what_the_sentence_transformers_files_say(tmp_path):
     for expected, content in POOLINGS.items():
         (tmp_path / "1_Pooling/config.json").write_text(json.dumps(content))
         assert eval_retrieval.saved_pooling(str(tmp_path)) == (expected, "dot")
+    module = {"type": "sentence_transformers.models.Pooling", "path": "2_Pooling"}
+    write_jsonl(tmp_path / "2_Pooling/config.json", [POOLINGS["cls"]])
+    write_jsonl(tmp_path / "modules.json", [[module]])
+    write_jsonl(tmp_path / "config_sentence_transformers.json", [{"similarity_fn_name": "cosine"}])
+    assert eval_retrieval.saved_pooling(str(tmp_path)) == ("cls", "cos")
     (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
     with pytest.raises(bow_mae.UserError, match="module Dense is not supported"):
         eval_retrieval.saved_pooling(str(tmp_path))
@@ -1592,7 +1607,19 @@ def test_other_indexes_find_much_of_what_flat_finds(index, least, evaluated, tmp
     assert np.mean(shares) > least
 
 
-UNFIT = ["Flot", "LSH", "IDMap,Flat", "PQ7", "IVF71,Flat", "PQ4", "HNSW32,PQ4x4"]
+UNFIT = ["Flot", "LSH", "IDMap,Flat", "PQ7", "IVF71,Flat", "PQ4", "HNSW32,PQ4x4", "OPQ8,PQ8x4"]
+UNFIT += ["PCA64,Flat"]
+
+
+def test_hnsw_finds_as_many_as_are_asked_for(evaluated, tmp_path):
+    """All 70 passages, where the library's default would give 16 or some more."""
+    retrieval(*EVALUATE, tmp_path, "--index", "HNSW4")
+    assert min(map(len, read_run(tmp_path).values())) > 60
+
+
+def test_a_search_of_few_lists_says_that_passages_are_lacking(tmp_path, capfd):
+    retrieval(*EVALUATE, tmp_path, "--index", "IVF8,Flat")
+    assert "get fewer than 1000 from --index IVF8,Flat" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("index", UNFIT)
@@ -1772,10 +1799,10 @@ def test_fine_tuning_does_not_resume_with_another_model_or_data(tmp_path, capfd)
     qrels = data / "qrels/train.tsv"
     content = qrels.read_text()
     qrels.write_text(content + "q1\td2\t1\n")
-    assert "was begun with another model" in error_of(capfd, retrieval, *flags)
+    assert "with other content of --data" in error_of(capfd, retrieval, *flags)
     qrels.write_text(content)
     write_model(model, seed=1)
-    assert "was begun with another model" in error_of(capfd, retrieval, *flags)
+    assert "with other content of --model" in error_of(capfd, retrieval, *flags)
 
 
 def make_steps(config, training):
@@ -1940,6 +1967,8 @@ BAD_COMMANDS = {  # what the message must say
     "evaluate --compare nothing.trec": "nothing.trec",
     "evaluate --compare bad.trec": "bad.trec, line 1: expected qid Q0 docid rank score tag",
     "evaluate --compare empty.trec": "empty.trec is empty",
+    "evaluate --max_query_length 1": "--max_query_length 1 must be a finite number, at least 3",
+    "evaluate --model damaged": "--model damaged cannot encode",
     "evaluate --top_k 0": "--top_k 0 must be a finite number, at least 1",
     "mine --depth 5 2": "--depth needs two ranks",
     "finetune --batch_size 64": "--batch_size 64",
@@ -1947,6 +1976,8 @@ BAD_COMMANDS = {  # what the message must say
     "finetune --negatives_file unknown.jsonl": "unknown.jsonl, line 1: query q69",
     "finetune --negatives_file missing.jsonl": "line 1: query q1 or passages ['d999'] are not in",
     "finetune --train_data bad.jsonl": "bad.jsonl, line 2: give a query",
+    "finetune --train_data empty.trec": "empty.trec has no records",
+    "--model bm25": "the recipe mines its own negatives",
     "--train_split dev": "no qrels of dev",  # the recipe checks all splits first
 }
 
@@ -1955,6 +1986,8 @@ BAD_COMMANDS = {  # what the message must say
 def test_a_bad_command_gives_one_line(line, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_model(Path("headless"), has_head=False)
+    write_model(Path("damaged"))
+    Path("damaged/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     write_jsonl(Path("other/run.json"), [{}])
     Path("bad.trec").write_text("q1 d1 1\n")
     Path("empty.trec").write_text("\n")
