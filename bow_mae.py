@@ -340,8 +340,9 @@ def text_hash(text):
 def file_format(path):
     """The ending that tells the format of a file: ".jsonl" of a.jsonl and of a.jsonl.gz."""
     path = Path(path)
-    inner = Path(path.stem).suffix
-    return inner if path.suffix == ".gz" and inner in FORMATS[:-1] else path.suffix
+    inner = Path(path.stem).suffix.lower()
+    is_packed = path.suffix == ".gz" and inner in FORMATS[:-1]
+    return inner if is_packed else path.suffix.lower()
 
 
 def is_path(name):
@@ -358,6 +359,8 @@ def list_files(data):
     Of a folder: the corpus of BEIR or MS MARCO, else all files but hidden ones, those whose names
     tell of a test or validation split, empty ones, and what our own runs have left there.
     """
+    if not data:
+        raise UserError("--data is empty")
     path = Path(data)
     corpora = [path / name for name in CORPORA if (path / name).is_file()]
     if corpora:
@@ -372,6 +375,9 @@ def list_files(data):
         if len(files) < len(found):
             count = len(found) - len(files)
             print_once(f"note: {count} hidden, test or validation files are left out")
+        links = [file for file in path.rglob("*") if file.is_symlink() and not file.is_file()]
+        if links:
+            print_once(f"note: {len(links)} links are left out, to folders or nothing: {links[0]}")
     elif is_path(data) or glob.has_magic(data):
         files = [path] if path.is_file() else map(Path, glob.glob(data, recursive=True))
     else:
@@ -398,7 +404,11 @@ def list_pieces(config, files, num_shards=1, epoch=None):
         else:
             pieces.append((file, file, None))
     name, subset, split = (config.data.split(":") + ["", ""])[:3]
+    if Path(config.data).is_dir():  # a saved dataset, whose path may hold a colon
+        name, subset, split = config.data, "", ""
     if not files and (name == "python-docs" or Path(name).is_dir()):
+        if subset or split:
+            raise UserError(f"--data {config.data}: only a hub dataset has :config:split")
         table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
         table = table["train"] if isinstance(table, datasets.DatasetDict) else table
         count = min(num_shards, len(table))
@@ -417,9 +427,9 @@ def parse_line(line, kind):
     """The record of a line of bytes of a .txt, .tsv (an _id and a text) or JSON lines file."""
     text = line.decode("utf-8-sig").rstrip("\r\n")
     if kind == ".tsv":
-        _, tab, text = text.partition("\t")
-        if not tab:
-            raise ValueError("no tab between an _id and a text")
+        name, tab, text = text.partition("\t")
+        if not tab or name in ("id", "_id", "text", "title"):
+            raise ValueError("expected an _id, a tab and a text, without a header: or make it .csv")
     if kind in (".tsv", ".txt"):
         return {"text": text}
     if not text.lstrip().startswith("{"):
@@ -434,8 +444,12 @@ def read_tables(source, part, columns):
     else:
         dataset = source.select_columns(columns) if columns else source
         tables = dataset.shard(*part).with_format("arrow").iter(1000)
-    rows = (row for table in tables for row in table.to_pylist())
-    yield from enumerate(rows, 1)
+    first = 1
+    for table in tables:
+        # Without columns their names alone: what nobody asks for may have no form in Python.
+        rows = table.to_pylist() if columns else [dict.fromkeys(table.schema.names)] * len(table)
+        yield from enumerate(rows, first)
+        first += len(rows)
 
 
 def read_lines(file, kind):
@@ -481,7 +495,7 @@ def read_texts(config, files, shard=0, num_shards=1, epoch=None, data_position=(
     for index in range(start, len(pieces)):
         name = pieces[index][0]
         # Each piece starts at another shard: else small ones would feed the first shards alone.
-        offset = zlib.crc32(Path(name).name.encode())
+        offset = zlib.crc32(os.fsencode(Path(name).name))
         first = (shard + offset) % num_shards + done * num_shards
         for number, record in read_records(pieces[index], first, num_shards, columns):
             values = [record[column] for column in columns if record.get(column) is not None]
@@ -541,7 +555,9 @@ def cut_sequences(texts, tokenizer, max_length):
     for index, token_ids in enumerate(encoded["input_ids"]):
         if not special.issuperset(token_ids):
             numbers = encoded.word_ids(index)  # None at special tokens
-            first = min(number for number in numbers if number is not None)
+            first = min((number for number in numbers if number is not None), default=None)
+            if first is None:  # no word, but tokens that the tokenizer adds
+                continue
             word_ids = [0 if number is None else number - first + 1 for number in numbers]
             sequences.append((token_ids, word_ids))
     return sequences
@@ -589,6 +605,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         """Yield (info, batch) for each step from first_step on."""
         config = self.config
         epoch, data_position, step = self.positions.get(shard, (0, (0, 0), 1))
+        num_empty = 0  # epochs, one after another
         while True:
             epoch_start = step
             where = (shard, config.num_shards, epoch, data_position)
@@ -603,7 +620,8 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                         yield info, collate(sequences, self.tokenizer, config.mask_ratio, mask_seed)
                     step += 1
                 data_position = buffer_end
-            if step == epoch_start:
+            num_empty = num_empty + 1 if step == epoch_start else 0
+            if num_empty == 10:  # in one, all of a shard's files may be empty ones
                 message = f"--data {config.data}: no text for shard {shard} of {config.num_shards}"
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
             epoch, data_position = epoch + 1, (0, 0)
@@ -684,7 +702,7 @@ def make_loader(config, tokenizer, files, held_out_share, state):
         # A worker makes the batches of a buffer at once: with room for two, training need not wait.
         sequences = BUFFER_TEXTS + BUFFER_CHARACTERS // (4 * config.max_length)
         batches = math.ceil(sequences / config.micro_batch_size)
-        options["prefetch_factor"] = 2 * batches * share // num_workers
+        options["prefetch_factor"] = min(2 * batches * share // num_workers, 10_000)
     items = iter(torch.utils.data.DataLoader(stream, batch_size=None, **options))
     if num_workers:
         items = fetch_ahead(items, 64)
@@ -708,6 +726,8 @@ def learn_tokenizer(config, texts):
     The alphabet covers 99.95 % of the characters; where it takes over half of the vocabulary, as
     in Chinese, the vocabulary grows to twice the alphabet. Accents and vowel signs are kept.
     """
+    # A word of over 100 letters is [UNK] to WordPiece; its training takes their square, in base64.
+    texts = [re.sub("[A-Za-z0-9]{101,}", " ", text) for text in texts]
     wordpiece = BertWordPieceTokenizer(strip_accents=False, lowercase=True)
     counts = Counter()
     for text in texts:
@@ -752,8 +772,10 @@ def load_tokenizer(source):
         raise UserError(f"--model {source}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing more exact
         raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of no file
+        raise UserError(f"--model {source} has no tokenizer files")
     is_unfit = not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token)
     is_unfit = is_unfit or tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id
     if is_unfit or max(tokenizer.get_vocab().values()) >= len(tokenizer):
@@ -767,9 +789,11 @@ def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
     options = {"dtype": torch.float32, "output_loading_info": True}
     try:
         lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
-        input_ids = torch.full((1, max_length), len(tokenizer) - 1)
+        # The last id may be that of padding, to which RoBERTa gives no position.
+        longest_ids = torch.tensor([[tokenizer.mask_token_id], [len(tokenizer) - 1]])
+        input_ids = longest_ids.repeat(1, max_length)  # (2, L)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (1, L, V)
+            logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (2, L, V)
             torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
         logits.sum().backward()
         unused = [name for name, weight in lm.named_parameters() if weight.grad is None]
@@ -815,8 +839,11 @@ def prepare_output(config):
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in output.iterdir()} - {".lock"}
-    saved = json.loads((output / "run.json").read_text()) if "run.json" in names else {}
-    if names and saved.get("config", {}).keys() != asdict(config).keys():
+    known = None  # the flags of the run that is there
+    if "run.json" in names:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a run.json of another program
+            known = {*json.loads((output / "run.json").read_text())["config"]}
+    if names and known != {*asdict(config)}:
         raise UserError(f"--output {output} holds other files: give another folder")
     lock = (output / ".lock").open("a+")
     try:
@@ -831,7 +858,8 @@ def prepare_output(config):
 
 def list_checkpoints(output):
     """The folders checkpoint-STEP of a run, the newest last."""
-    folders = Path(output).glob("checkpoint-[0-9]*")
+    folders = Path(output).glob("checkpoint-*")
+    folders = [path for path in folders if path.name[11:].isdecimal()]
     return sorted(folders, key=lambda path: int(path.name[11:]))
 
 
@@ -844,6 +872,9 @@ def load_checkpoint(config):
         raise UserError(
             f"processes see the checkpoints {newest}: put --output on a disk they share"
         )
+    if not checkpoints and Path(config.output, "model.safetensors").exists():
+        reason = "has a model without checkpoints: give another folder"
+        raise UserError(f"--output {config.output} {reason}")
     if not checkpoints:
         return None, {}
     path = checkpoints[-1] / "training_state.pt"

@@ -34,6 +34,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import tokenizers
 import torch
@@ -634,12 +635,24 @@ def test_every_format_gives_the_same_texts(tmp_path):
 
 def test_what_is_no_training_data_is_left_out(unbroken, tmp_path, capfd):
     """Other splits and hidden files, which are counted, and what a run of ours has left there."""
-    for name in ("a.jsonl", "deep/b.jsonl", "deep/TEST.jsonl", ".hidden.jsonl"):
+    for name in ("a.jsonl", "deep/B.JSONL", "deep/TEST.jsonl", ".hidden.jsonl"):
         write_jsonl(tmp_path / name, make_texts(5))
     shutil.copytree(unbroken, tmp_path / "out")
-    names = [str(tmp_path / name) for name in ("a.jsonl", "deep/b.jsonl")]
+    (tmp_path / "link.jsonl").symlink_to("nowhere")
+    names = [str(tmp_path / name) for name in ("a.jsonl", "deep/B.JSONL")]
     assert bow_mae.list_files(str(tmp_path)) == names
-    assert "2 hidden, test or validation files are left out" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "2 hidden, test or validation files are left out" in told and "1 links are" in told
+
+
+def test_files_without_a_record_do_not_end_a_run(tmp_path):
+    """Two of four, so that in some epochs a shard has only those."""
+    texts = make_texts(40, longest=5)
+    data = write_parts(tmp_path / "data", texts, 2, "csv")
+    for name in ("y.csv", "z.csv"):
+        (data / name).write_text("text\n")
+    infos = [info for info, _ in itertools.islice(make_stream(data_config(data, 2), [0, 1]), 60)]
+    assert infos[-1]["position"][0] > 2
 
 
 @pytest.mark.parametrize("first", [[], [None] * 9], ids=["empty", "only nulls"])
@@ -664,9 +677,13 @@ def test_columns_that_are_not_read_may_hold_anything(tmp_path):
     (tmp_path / "csv/a.csv").write_text("other,text\n" + "".join(lines))
     for part, other in ((texts[:1500], None), (texts[1500:], "a")):
         table = datasets.Dataset.from_dict({"text": part, "other": [other] * 1500})
+        years = pa.array([2**58] * 1500, pa.timestamp("us"))  # beyond Python's dates
+        table = datasets.Dataset(table.data.table.append_column("when", years))
         table.to_parquet(tmp_path / f"parquet/{other}.parquet")
     for kind in ("jsonl", "csv", "parquet"):
         assert read_texts(tmp_path / kind) == sorted(texts)
+        config = Config(data=str(tmp_path / kind))
+        assert len(bow_mae.sample_texts(config, bow_mae.list_files(config.data))[0]) == 3000
 
 
 def test_text_columns_are_joined_and_may_be_null(tmp_path):
@@ -735,6 +752,12 @@ def test_the_vocabulary_grows_with_the_alphabet():
     tokenizer = learn(texts)
     unknown = sum(tokenizer(text)["input_ids"].count(tokenizer.unk_token_id) for text in texts)
     assert unknown < 0.01 * 3000 and len(tokenizer) >= 3000
+
+
+def test_a_word_of_many_letters_does_not_hold_up_the_vocabulary():
+    """As base64 in data: a trainer that is given it takes hours."""
+    letters = np.random.default_rng(0).choice([*"abcdefghijklmnop"], 1_000_000)
+    assert len(learn([*make_texts(100), "".join(letters)])) > 50
 
 
 # ---- defaults, schedules and logs
@@ -951,9 +974,12 @@ def test_a_damaged_checkpoint_is_named(file, unbroken, unfinished, capfd):
     path = unfinished / "checkpoint-20" / file
     os.truncate(path, path.stat().st_size // 2)
     assert "checkpoint-20" in error_of(capfd, train, "--output", unfinished)
-    shutil.rmtree(unfinished / "checkpoint-20")
+    (unfinished / "checkpoint-20").rename(unfinished / "checkpoint-20.bak")
     train("--output", unfinished)
     assert same_run(unfinished, unbroken)
+    for checkpoint in unfinished.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert "has a model without checkpoints" in error_of(capfd, train, "--output", unfinished)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(unbroken, unfinished):
@@ -1051,6 +1077,7 @@ BAD_FLAGS = {  # what the message must say
     "--data nobody/nothing": "nobody/nothing",
     "--data models/short": "models/short",
     "--data .": "found .jsonl and .txt",
+    "--data saved::test": "only a hub dataset has :config:split",
     "--text_columns text boddy": "columns ['text'], not text boddy",
     "--model nobody/nothing": "nobody/nothing",
     "--model models/nothing": "models/nothing: no such folder",
@@ -1059,9 +1086,11 @@ BAD_FLAGS = {  # what the message must say
     "--model models/maskless": "[MASK]",
     "--model models/clsless": "[CLS]",
     "--model models/bart": "models/bart",
+    "--model models/saved": "models/saved has no tokenizer",
     "--model models/roformer": "models/roformer",
     "--output good.jsonl/out": "good.jsonl",
     "--output models": "models holds other files",
+    "--output models/saved": "models/saved holds other files",
     "--batch_size 800": "no text for shard 0 of 200",
 }
 GOOD = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(120))
@@ -1075,6 +1104,7 @@ BAD_FILES = {  # name, content, what the message must say
     "latin-1 json": ("a.jsonl", (GOOD + '{"text": "café"}\n').encode("latin-1"), "line 121"),
     "latin-1 text": ("a.txt", "ba ke\ncafé\n".encode("latin-1"), "a.txt, line 2"),
     "no tab": ("a.tsv", "1\tba\n2 ke\n", "a.tsv, line 2"),
+    "a header": ("a.tsv", "text\tlabel\nba\t1\n", "a.tsv, line 1: expected an _id, a tab"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-200], "a.jsonl.gz"),
     "no parquet": ("a.parquet", GOOD, "arquet"),
     "unknown format": ("a.pdf", GOOD, "a.pdf: found .pdf"),
@@ -1101,6 +1131,9 @@ def bad_models():
     ]:
         model.save_pretrained(FOLDER / "models" / name)
         tokenizer.save_pretrained(FOLDER / "models" / name)
+    lm.save_pretrained(FOLDER / "models/saved")
+    datasets.Dataset.from_dict({"text": ["ba"]}).save_to_disk(FOLDER / "models/saved")
+    (FOLDER / "models/saved/run.json").write_text("[]")
     return FOLDER / "models"
 
 
@@ -1111,6 +1144,7 @@ def workplace(tmp_path, monkeypatch, bad_models):
     Path("good.jsonl").write_text(GOOD)
     Path("other.txt").write_text("ba ke\n")
     Path("models").symlink_to(bad_models)
+    Path("saved").symlink_to(bad_models / "saved")
     return tmp_path
 
 
