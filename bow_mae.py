@@ -278,6 +278,7 @@ class UserError(Exception):
 # ---- data: texts
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # all but the last also .gz
+TSV_HEADERS = (b"id", b"_id", b"docid", b"text", b"title")
 CORPORA = ("corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz")
 OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)", re.I)
 BAD_DATA = (ValueError, TypeError, KeyError, RecursionError, OSError, EOFError, csv.Error)
@@ -329,7 +330,7 @@ def python_docs():
     table = rows.to_pandas().drop_duplicates("_id").drop_duplicates("text")
     table = table.drop_duplicates("query", keep=False)
     table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
-    return datasets.Dataset.from_pandas(table, preserve_index=False)
+    return datasets.Dataset.from_pandas(table, rows.features, preserve_index=False)
 
 
 def text_hash(text):
@@ -427,9 +428,9 @@ def parse_line(line, kind):
     """The record of a line of bytes of a .txt, .tsv (an _id and a text) or JSON lines file."""
     text = line.decode("utf-8-sig").rstrip("\r\n")
     if kind == ".tsv":
-        name, tab, text = text.partition("\t")
-        if not tab or name in ("id", "_id", "text", "title"):
-            raise ValueError("expected an _id, a tab and a text, without a header: or make it .csv")
+        _, tab, text = text.partition("\t")
+        if not tab:
+            raise ValueError("no tab between an _id and a text")
     if kind in (".tsv", ".txt"):
         return {"text": text}
     if not text.lstrip().startswith("{"):
@@ -472,6 +473,8 @@ def read_records(piece, first=0, stride=1, columns=None):
     try:
         lines = read_lines(source, kind) if part is None else read_tables(source, part, columns)
         for number, line in itertools.islice(lines, first, None, stride):
+            if number == 1 and kind == ".tsv" and line.split(b"\t")[0] in TSV_HEADERS:
+                raise ValueError("a header: remove it, or make it .csv")
             record = parse_line(line, kind) if isinstance(line, bytes) else line
             if None in record:
                 raise ValueError("more fields than the header names")
@@ -784,14 +787,17 @@ def load_tokenizer(source):
     return tokenizer
 
 
+def trial_ids(tokenizer, length):
+    """Ids (2, L) to try a model with: the last may be padding, to which RoBERTa gives no place."""
+    return torch.tensor([[tokenizer.mask_token_id], [len(tokenizer) - 1]]).repeat(1, length)
+
+
 def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
     """The masked LM of a folder or hub name; UserError if a trial in this dtype shows it unfit."""
     options = {"dtype": torch.float32, "output_loading_info": True}
     try:
         lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
-        # The last id may be that of padding, to which RoBERTa gives no position.
-        longest_ids = torch.tensor([[tokenizer.mask_token_id], [len(tokenizer) - 1]])
-        input_ids = longest_ids.repeat(1, max_length)  # (2, L)
+        input_ids = trial_ids(tokenizer, max_length)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (2, L, V)
             torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
@@ -1350,9 +1356,9 @@ def bench(config, device):
         own = replace(config, objective=objective)
         tokenizer, model = prepare_model(own, None, texts, device)
         runs[objective] = (wrap_ddp(model, config.compile), build_optimizer(config, model))
-    loader = make_loader(config, tokenizer, files, 0.0, {})
     num_micro_batches = config.num_shards // dist.get_world_size()
-    micro_batches = [next(loader) for _ in range(4 * num_micro_batches)]
+    with contextlib.closing(make_loader(config, tokenizer, files, 0.0, {})) as loader:
+        micro_batches = [next(loader) for _ in range(4 * num_micro_batches)]
 
     for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
         for objective in runs if turn % 2 == 0 else reversed(runs):

@@ -224,7 +224,8 @@ def collect_queries(records):
         if query["text"].strip():
             queries[query["_id"]] = query["text"]
         found = record.get("answers") or []
-        if isinstance(found, str) or not all(isinstance(answer, str) for answer in found):
+        is_list = isinstance(found, list | tuple)
+        if not is_list or not all(isinstance(answer, str) for answer in found):
             raise UserError(f"{where}: answers must be a list of texts")
         if found:
             answers[query["_id"]] = found
@@ -393,7 +394,7 @@ class Encoder(nn.Module):
         self.tokenizer = bow_mae.load_tokenizer(source)
         try:
             lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
-            lm.base_model(torch.full((1, longest), len(self.tokenizer) - 1))
+            lm.base_model(bow_mae.trial_ids(self.tokenizer, longest))
         except Exception as error:  # whatever damaged files or other kinds of models raise
             reason = bow_mae.short_reason(error)
             raise UserError(f"--model {source} cannot encode {longest} tokens: {reason}") from error
@@ -416,7 +417,8 @@ class Encoder(nn.Module):
             raise UserError(f"--model {source}: pooling {self.pooling} is not supported")
         settings = f"{self.dtype} {self.pooling} {self.similarity}"
         state = [self.tokenizer.backend_tokenizer.to_str(), self.lm.base_model.state_dict()]
-        self.fingerprint = Hasher.hash([settings, *state])  # of all that vectors depend on
+        self.content = Hasher.hash(state)
+        self.fingerprint = Hasher.hash([settings, self.content])  # of all that vectors depend on
         print_once(f"{source}: {settings}, up to {longest} tokens, {device}")
 
     def forward(self, batch):
@@ -492,10 +494,10 @@ def check_index(config, encoder, num_passages):
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or "IDMap" in config.index:
         raise UserError(f"--index {config.index} searches by distance, or has a needless IDMap")
     inverted = faiss.try_extract_index_ivf(index)
-    needed = inverted.nlist if inverted else 1
+    needed, bits = inverted.nlist if inverted else 1, 0
     if re.search("PQ|RQ", config.index):
-        bits = re.findall(r"x(\d+)", config.index) or ["8"]  # PQ16 is PQ16x8
-        needed = max(needed, 2 ** int(bits[-1]), 256 if "OPQ" in config.index else 1)
+        bits = int((re.findall(r"x(\d+)", config.index) or ["8"])[-1])  # PQ16 is PQ16x8
+        needed = max(needed, 2**bits, 256 if "OPQ" in config.index else 1)
     starts = range(0, num_passages, CHUNK_SIZE)[dist.get_rank() :: dist.get_world_size()]
     share = sum(min(CHUNK_SIZE, num_passages - start) for start in starts)
     every = max(1, math.ceil(share / MOST_TRAINING_VECTORS))  # see build_index
@@ -506,7 +508,8 @@ def check_index(config, encoder, num_passages):
     size = min(share, max(needed, 1024))
     vectors = np.random.default_rng(0).standard_normal((size, encoder.width), np.float32)
     try:
-        if 0 < size <= 4096:  # more centroids would take long
+        # Quantizers of 8 bits take as long to train on few vectors as on many.
+        if 0 < size <= 4096 and bits < 8 and "OPQ" not in config.index:
             index.train(vectors)
             index.add(vectors)
             index.search(vectors[:1], 1)
@@ -528,7 +531,7 @@ def build_index(config, encoder, passages):
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = max(1, inverted.nlist // 16)  # lists searched for a query, not only 1
-    if "HNSW" in kind:  # it finds no more than efSearch passages, 16 if not set
+    if "HNSW" in kind:  # where efSearch is below k, fewer than k are found
         depth = max(config.top_k, config.depth[1]) + 17
         faiss.ParameterSpace().set_index_parameter(index, "efSearch", depth)
     for file in tqdm(own, "index", unit="file", disable=dist.get_rank() > 0):
@@ -625,8 +628,12 @@ def retrieve(config, task, encoder, k):
     else:
         index = build_index(config, encoder, task.passages)
         texts = datasets.Dataset.from_dict({"text": queries})
-        files = encode_collection(config, encoder, texts, "queries")
-        found = search_index(index, np.concatenate([np.load(file) for file in files]), depth)
+        if len(queries) == 1:  # of `search`: nothing to share out or to keep
+            vectors = encoder.encode(queries, "queries")
+        else:
+            files = encode_collection(config, encoder, texts, "queries")
+            vectors = np.concatenate([np.load(file) for file in files])
+        found = search_index(index, vectors, depth)
         if found:
             num_found = (found[1] >= 0).sum(1)  # (Q,)
             num_short = (num_found < min(k, len(task.passages))).sum()
@@ -799,12 +806,16 @@ def read_negatives(path, task):
         yield query_id, [task.rows[str(name)] for name in names]
 
 
-def load_training_set(config):
-    """The judged queries of --data, with --negatives_file, and --train_data, joined by text."""
+def load_training_set(config, uses_data=False):
+    """The judged queries of --data, with --negatives_file, and --train_data, joined by text.
+
+    If --train_data is given, python-docs is used for --negatives_file or uses_data only.
+    """
     tables, ids, queries = [], [], {}
     positives = defaultdict(lambda: array("i"))  # rows by query id
     negatives = defaultdict(lambda: array("i"))
-    if config.data != "python-docs" or config.negatives_file or not config.train_data:
+    is_given = config.data != "python-docs" or not config.train_data
+    if is_given or config.negatives_file or uses_data:
         task = load_task(config, config.train_split)
         tables.append(task.passages)
         ids.extend(task.rows)
@@ -954,13 +965,14 @@ def finetune(config, device):
     training = load_training_set(config)
     config = plan_steps(config, len(training.queries))
     checkpoint, state = bow_mae.load_checkpoint(config)
-    # What training depends on, beside the flags: a change would go unseen when a run resumes.
+    # What training depends on, beside the flags (of the passages, their size): a change would go
+    # unseen when a run resumes.
     rows = np.concatenate([*training.positives, *training.negatives])
     contents = Hasher.hash([training.passages.data.nbytes, training.queries, rows])
-    inputs = {"model": encoder.fingerprint, "data": contents}
+    inputs = {"--model": encoder.content, "--data, --train_data or --negatives_file": contents}
     for name, value in inputs.items():
         if state.get(name, value) != value:
-            reason = f"was begun with other content of --{name}: give another --output"
+            reason = f"was begun with other content of {name}: give another --output"
             raise UserError(f"--output {config.output} {reason}")
     encoder = Encoder(config, device, checkpoint).train() if checkpoint else encoder.train()
     parameters = list(encoder.lm.base_model.parameters())
@@ -1157,7 +1169,8 @@ def compare(config, task, results, other):
         print_once(f"warning: {num_missing} queries are not in {config.compare} and count 0 there")
     depth = max(map(len, other.values()))
     if depth < min(config.top_k, len(task.rows)):
-        print_once(f"warning: {config.compare} has at most {depth} passages of a query")
+        reason = f"has at most {depth} passages of a query: deeper metrics favour this run"
+        print_once(f"warning: {config.compare} {reason}")
     others = measure_run(config, task, other)
     differences = pd.DataFrame(results) - pd.DataFrame(others)  # a column a query
     table = {}
@@ -1174,17 +1187,18 @@ def recipe(config, device):
     if config.model == "bm25" or config.negatives_file:
         raise UserError("the recipe mines its own negatives, and fine-tunes --model, not bm25")
     _, encoder, lock = prepare(config, config.split, device)
-    load_task(config, config.train_split)  # is mined for
-    training = load_training_set(replace(config, negatives=0))
+    load_task(config, config.train_split)  # refuses a split that cannot be mined
+    training = load_training_set(replace(config, negatives=0), uses_data=True)
     config = plan_steps(config, len(training.queries))
     output, miner, plans = Path(config.output), "bm25", {}
     for stage in ("stage1", "stage2"):
         mined, tuned, tested = (str(output / stage / name) for name in ("mined", "model", "test"))
         tuning = replace(config, negatives_file=[f"{mined}/negatives.jsonl"], output=tuned)
-        _, state = bow_mae.load_checkpoint(tuning)  # refuses other flags
-        if state.get("model", encoder.fingerprint) != encoder.fingerprint:
+        checkpoint, state = bow_mae.load_checkpoint(tuning)  # refuses other flags
+        if state.get("--model", encoder.content) != encoder.content:
             raise UserError(f"--output {tuned} was begun with another model: give another --output")
-        mining = replace(config, model=miner, output=mined)
+        # Where training has begun, its negatives stay: another number of processes mines others.
+        mining = None if checkpoint else replace(config, model=miner, output=mined)
         plans[stage] = (mining, tuning, replace(config, model=tuned, output=tested))
         miner = tuned
 
@@ -1192,7 +1206,8 @@ def recipe(config, device):
     for name, model in {"bm25": "bm25", "zero_shot": config.model}.items():
         table[name] = evaluate(replace(config, model=model, output=str(output / name)), device)
     for stage, (mining, tuning, testing) in plans.items():
-        mine(mining, device)
+        if mining:
+            mine(mining, device)
         dist.barrier()  # all processes read what the first has written
         finetune(tuning, device)
         table[stage] = evaluate(testing, device)
