@@ -130,8 +130,7 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
     unit_ids = torch.arange(input_ids.shape[1] + 1, device=device)  # 0: tokens in no unit
     draws = torch.rand(len(input_ids), len(unit_ids), generator=generator, device=device)
     draws = draws.masked_fill((unit_ids == 0) | (unit_ids > num_units), 2.0)  # (B, L + 1), last
-    ranks = draws.argsort(1).argsort(1)  # (B, L + 1) of each unit's draw
-    is_chosen_unit = ranks < num_chosen
+    is_chosen_unit = draws.argsort(1).argsort(1) < num_chosen  # argsort of argsort is the rank
     chosen = is_chosen_unit.gather(1, units) & is_word  # (B, L)
 
     # Replace the chosen tokens.
