@@ -682,7 +682,10 @@ def to_arrays(item):
 
 
 def fetch_ahead(items, count):
-    """Yield items in order, while a thread fetches the next ones: a worker's pipe holds but two."""
+    """Yield items in order, while a thread fetches the next ones, and keeps `count` of them.
+
+    The pipe from a worker holds one or two, and the worker does not fill it while it tokenises.
+    """
     thread = ThreadPoolExecutor(1)
     upcoming = deque(thread.submit(next, items) for _ in range(count))
     try:
@@ -728,7 +731,7 @@ def learn_tokenizer(config, texts):
     The alphabet covers 99.95 % of the characters; where it takes over half of the vocabulary, as
     in Chinese, the vocabulary grows to twice the alphabet. Accents and vowel signs are kept.
     """
-    # A word of over 100 letters is [UNK] to WordPiece; its training takes their square, in base64.
+    # Words of over 100 letters, as in base64, are [UNK] anyway, and would hold up the training.
     texts = [re.sub("[A-Za-z0-9]{101,}", " ", text) for text in texts]
     wordpiece = BertWordPieceTokenizer(strip_accents=False, lowercase=True)
     counts = Counter()
@@ -1299,8 +1302,8 @@ def train(config, device):
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
 
-            # Log the losses of this step, and the rates since the last line: the sum waits for the
-            # device, so that they are true.
+            # Log the losses of this step, and the rates since the last line.
+            # The sum waits for the device, so the time is true.
             sums = sum_over_processes({**step_losses, **counts, "stops": stop_signal.received > 0})
             record = {"step": step, "epoch": info["position"][0]}
             record |= {name: sums[name] / world_size for name in step_losses}

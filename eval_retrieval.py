@@ -627,10 +627,10 @@ def retrieve(config, task, encoder, k):
         found = bm25(task.passages, queries, depth) if dist.get_rank() == 0 else None
     else:
         index = build_index(config, encoder, task.passages)
-        texts = datasets.Dataset.from_dict({"text": queries})
         if len(queries) == 1:  # of `search`: nothing to share out or to keep
             vectors = encoder.encode(queries, "queries")
         else:
+            texts = datasets.Dataset.from_dict({"text": queries})
             files = encode_collection(config, encoder, texts, "queries")
             vectors = np.concatenate([np.load(file) for file in files])
         found = search_index(index, vectors, depth)
@@ -638,9 +638,8 @@ def retrieve(config, task, encoder, k):
             num_found = (found[1] >= 0).sum(1)  # (Q,)
             num_short = (num_found < min(k, len(task.passages))).sum()
             if num_short:
-                print(
-                    f"warning: {num_short} queries get fewer than {k} from --index {config.index}"
-                )
+                reason = f"get fewer than {k} from --index {config.index}"
+                print_once(f"warning: {num_short} queries {reason}")
     return ranked_hits(task, *found, k) if found else []
 
 
