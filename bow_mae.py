@@ -7,7 +7,7 @@ baselines are trained by the same script: `mlm`, and `enhanced` (RetroMAE's deco
 
     torchrun bow_mae.py  # a small BERT from scratch, on the documentation of Python packages
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data corpus.jsonl
-The same command again resumes a run. Reading order: the method, `train`, `PretrainingStream`.
+The same command again resumes a run. Reading order: `cut_sequences`, the method, `train`.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 @dataclass
 class Config:
-    """Pre-train a masked LM with bag-of-word prediction; `complete_config` fills in unset flags."""
+    """Pre-train a masked LM; unset flags get the paper's values, those of a new model others."""
 
     # Data and model.
     data: str = HfArg(default="python-docs", help="python-docs, file, folder, glob or hub dataset")
@@ -95,8 +95,12 @@ class Config:
 
     @property
     def num_shards(self) -> int:
-        """Micro-batches of a step; the data is split into as many shards, i comes from shard i."""
+        """Micro-batches of a step. The data has as many shards: micro-batch i reads shard i."""
         return self.batch_size // self.micro_batch_size
+
+
+class UserError(Exception):
+    """An error that the user can mend; its message says what, where, and how."""
 
 
 # ---- the method
@@ -128,17 +132,17 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
     num_units = starts_unit.sum(1, keepdim=True)  # (B, 1)
     num_chosen = (mask_ratio * num_units).round().clamp(min=1)
     unit_ids = torch.arange(input_ids.shape[1] + 1, device=device)  # 0: tokens in no unit
-    draws = torch.rand(len(input_ids), len(unit_ids), generator=generator, device=device)
-    draws = draws.masked_fill((unit_ids == 0) | (unit_ids > num_units), 2.0)  # (B, L + 1), last
-    is_chosen_unit = draws.argsort(1).argsort(1) < num_chosen  # argsort of argsort is the rank
+    unit_draws = torch.rand(len(input_ids), len(unit_ids), generator=generator, device=device)
+    unit_draws = unit_draws.masked_fill((unit_ids == 0) | (unit_ids > num_units), 2.0)  # last
+    is_chosen_unit = unit_draws.argsort(1).argsort(1) < num_chosen  # argsort twice: the rank
     chosen = is_chosen_unit.gather(1, units) & is_word  # (B, L)
 
     # Replace the chosen tokens.
     ordinary_ids = is_ordinary.nonzero().squeeze(1)
     picks = torch.randint(len(ordinary_ids), input_ids.shape, generator=generator, device=device)
-    draws = torch.rand(input_ids.shape, generator=generator, device=device)  # (B, L)
-    masked_ids = input_ids.masked_fill(chosen & (draws < 0.8), tokenizer.mask_token_id)
-    masked_ids = torch.where(chosen & (draws >= 0.9), ordinary_ids[picks], masked_ids)
+    token_draws = torch.rand(input_ids.shape, generator=generator, device=device)  # (B, L)
+    masked_ids = input_ids.masked_fill(chosen & (token_draws < 0.8), tokenizer.mask_token_id)
+    masked_ids = torch.where(chosen & (token_draws >= 0.9), ordinary_ids[picks], masked_ids)
     return masked_ids, chosen
 
 
@@ -158,12 +162,9 @@ def bow_loss(cls_logits, input_ids, special):
     float32 scalar. A sequence of special tokens alone contributes 0.
     """
     bag = bag_of_words(input_ids, special)  # (B, V)
-    num_terms = bag.sum(1)  # (B,) |T|
-    logits = cls_logits.float()
-    # The mean over T of log softmax(z)_t = z_t - logsumexp(z).
-    mean_logit = (logits * bag).sum(1) / num_terms.clamp(min=1)  # (B,)
-    negative_log_likelihood = logits.logsumexp(1) - mean_logit
-    return (negative_log_likelihood * (num_terms > 0)).mean()
+    log_probabilities = cls_logits.float().log_softmax(1)  # (B, V)
+    mean_over_bag = (log_probabilities * bag).sum(1) / bag.sum(1).clamp(min=1)  # (B,)
+    return -mean_over_bag.mean()
 
 
 def term_coverage(cls_logits, input_ids, special):
@@ -218,9 +219,8 @@ class EnhancedDecoder(nn.Module):
     def forward(self, cls, embeddings, attention_mask):
         """cls (B, D), token embeddings (B, L, D), attention_mask (B, L) or None: to (B, L, D)."""
         batch_size, length, _ = embeddings.shape
-        positions = self.positions[:length]
-        queries = self.norm_queries(cls[:, None] + positions)  # (B, L, D)
-        memory = torch.cat([cls[:, None], embeddings[:, 1:]], dim=1) + positions
+        queries = self.norm_queries(cls[:, None] + self.positions[:length])  # (B, L, D)
+        memory = torch.cat([cls[:, None], embeddings[:, 1:]], dim=1) + self.positions[:length]
         memory = self.norm_memory(memory)  # (B, L, D)
 
         unseen = torch.rand(batch_size, length, length, device=cls.device) < 0.5  # (B, L, L)
@@ -259,7 +259,7 @@ class BowMAE(nn.Module):
         flat_ids, flat_hidden = original_ids.flatten(), hidden.flatten(0, 1)  # (B·L,), (B·L, D)
         logits = mlm_head(self.lm, flat_hidden[masked_positions]).float()  # (M, V)
         losses = {"mlm_loss": F.cross_entropy(logits, flat_ids[masked_positions])}
-        if self.objective == "bow" or not self.training:  # evaluation reports it for all
+        if self.objective == "bow" or not self.training:  # evaluation reports it for each objective
             cls_logits = mlm_head(self.lm, hidden[:, 0])  # (B, V)
             losses["bow_loss"] = bow_loss(cls_logits, original_ids, self.special)
         if self.objective == "enhanced" and self.training:
@@ -270,21 +270,18 @@ class BowMAE(nn.Module):
         return losses
 
 
-class UserError(Exception):
-    """An error that the user can mend; its message says what, where, and how."""
-
-
 # ---- data: texts
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # all but the last also .gz
 TSV_HEADERS = (b"id", b"_id", b"docid", b"text", b"title")
 CORPORA = ("corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz")
 OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)", re.I)
+# What readers raise where a file is malformed.
 BAD_DATA = (ValueError, TypeError, KeyError, RecursionError, OSError, EOFError, csv.Error)
 BAD_DATA += (zlib.error,)
 PACKAGES = "pandas numpy networkx transformers torch sympy datasets huggingface_hub"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # of the data's start, see sample_texts
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # for the vocabulary and the held-out texts
 BUFFER_TEXTS, BUFFER_CHARACTERS = 2048, 2_000_000  # of a shard, tokenised and shuffled together
 
 
@@ -294,7 +291,7 @@ def docstrings(versions):
         root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
             parts = [package, *path.relative_to(root).with_suffix("").parts]
-            # No set, as the cache is keyed by this code, pickled, and a set has no fixed order.
+            # A tuple, as the cache is keyed by this code, pickled: a set has no fixed order.
             if any(name in parts for name in ("site-packages", "dist-packages", "test", "tests")):
                 continue
             try:
@@ -305,7 +302,7 @@ def docstrings(versions):
                 continue
             name = ".".join(part for part in parts if part not in ("python", "__init__"))
             nodes = [(name, tree)]
-            for name, node in nodes:  # to which their children are appended meanwhile
+            for name, node in nodes:  # the loop appends the children that it finds
                 for child in ast.iter_child_nodes(node):
                     if isinstance(child, DOCUMENTED):
                         nodes.append((f"{name}.{child.name}", child))
@@ -319,7 +316,11 @@ def docstrings(versions):
 
 @functools.cache
 def python_docs():
-    """Some 24,000 rows of _id, query and text, no two of them equal, shuffled; cached."""
+    """Some 24,000 rows of _id, query and text, no two of them equal, shuffled.
+
+    One process builds them, while the lock of the cache of `datasets` makes the others wait.
+    """
+    print_once("building the corpus python-docs, or reading it from the cache")
     versions = {name: metadata.version(name) for name in PACKAGES.split()}
     arguments = {"versions": {"python": sys.version} | versions}
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
@@ -368,29 +369,37 @@ def list_files(data):
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return []  # a saved dataset
     elif path.is_dir():
-        runs = {file.parent for file in path.rglob("run.json")}
-        found = [file for file in path.rglob("*") if file_format(file) in FORMATS]
-        found = [file for file in found if not runs & {*file.parents}]
-        files = [file for file in found if not OTHER_FILES.search(str(file.relative_to(path)))]
-        if len(files) < len(found):
-            count = len(found) - len(files)
-            print_once(f"note: {count} hidden, test or validation files are left out")
-        links = [file for file in path.rglob("*") if file.is_symlink() and not file.is_file()]
-        if links:
-            print_once(f"note: {len(links)} links are left out, to folders or nothing: {links[0]}")
+        everything = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
+        runs = {file.parent for file in everything if file.name == "run.json"}
+        files = [file for file in everything if file_format(file) in FORMATS]
+        files = [file for file in files if not runs & {*file.parents}]
+        files = [file for file in files if not OTHER_FILES.search(str(file.relative_to(path)))]
+        nested = [file.parent for file in files if file.name in CORPORA]
+        if nested:
+            raise UserError(f"--data {data}: give {nested[0]}, or a glob of files")
     elif is_path(data) or glob.has_magic(data):
         files = [path] if path.is_file() else map(Path, glob.glob(data, recursive=True))
     else:
         return []  # python-docs, or a hub name
     files = [file for file in files if file.is_file() and file.stat().st_size]
+    if not files and not path.exists():
+        raise UserError(f"--data {data}: no such file or folder")
     formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
     if formats not in FORMATS:
         raise UserError(f"--data {data}: found {formats}; give one format of {' '.join(FORMATS)}")
+    if path.is_dir() and not corpora and len(files) < len(everything):
+        count = len(everything) - len(files)
+        kinds = "empty, hidden, of another format, of a test or validation split, or of a run"
+        print_once(f"note: {len(files)} files are read; {count} are not: {kinds}")
+    contents = Counter(os.path.realpath(file).removesuffix(".gz") for file in files)
+    content, count = contents.most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--data {data} has {content} twice, as .gz or as a link")
     return sorted(map(str, files))
 
 
 def list_pieces(config, files, num_shards=1, epoch=None):
-    """What shards can read apart, as (name, source, part): the parts of a dataset, or files.
+    """The parts of the data that can be read alone, as (name, source, part).
 
     The part is a row group of .parquet, (count, i) of a dataset, None of any other file. Each epoch
     has another order, but for python-docs and saved datasets, whose shards are ranges of rows.
@@ -446,7 +455,9 @@ def read_tables(source, part, columns):
         tables = dataset.shard(*part).with_format("arrow").iter(1000)
     first = 1
     for table in tables:
-        # Without columns their names alone: what nobody asks for may have no form in Python.
+        if not table.schema.names:
+            raise ValueError(f"no column {' or '.join(columns)}")
+        # Only the names of the columns: values that nobody asks for may not convert to Python.
         rows = table.to_pylist() if columns else [dict.fromkeys(table.schema.names)] * len(table)
         yield from enumerate(rows, first)
         first += len(rows)
@@ -475,8 +486,8 @@ def read_records(piece, first=0, stride=1, columns=None):
             if number == 1 and kind == ".tsv" and line.split(b"\t")[0] in TSV_HEADERS:
                 raise ValueError("a header: remove it, or make it .csv")
             record = parse_line(line, kind) if isinstance(line, bytes) else line
-            if None in record:
-                raise ValueError("more fields than the header names")
+            if None in record or kind == ".csv" and None in record.values():
+                raise ValueError("more or fewer fields than the header names")
             yield number, record
     except BAD_DATA as error:
         place = "after line" if kind == ".csv" else "line"
@@ -496,17 +507,19 @@ def read_texts(config, files, shard=0, num_shards=1, epoch=None, data_position=(
     start, done = data_position
     for index in range(start, len(pieces)):
         name = pieces[index][0]
-        # Each piece starts at another shard: else small ones would feed the first shards alone.
+        # Which shard gets the first record depends on the name: else small pieces feed shard 0.
         offset = zlib.crc32(os.fsencode(Path(name).name))
         first = (shard + offset) % num_shards + done * num_shards
         for number, record in read_records(pieces[index], first, num_shards, columns):
+            if record.keys().isdisjoint(columns):
+                raise UserError(f"{name}, line {number}: no {' or '.join(columns)}")
             values = [record[column] for column in columns if record.get(column) is not None]
             if not all(isinstance(value, str) for value in values):
                 reason = f"{values!r:.80} in {' '.join(columns)} is not text"
                 raise UserError(f"{name}, line {number}: {reason}")
             text = " ".join(value for value in values if value).strip()
             done += 1
-            yield (index, done), text.encode(errors="replace").decode()  # a lone surrogate
+            yield (index, done), text.encode(errors="replace").decode()  # no lone surrogate
         done = 0
 
 
@@ -522,6 +535,9 @@ def sample_texts(config, files):
     if not set(config.text_columns) <= found:
         asked = " ".join(config.text_columns)
         raise UserError(f"--data {config.data} has the columns {sorted(found)}, not {asked}")
+    unread = found.difference(config.text_columns)
+    if unread:
+        print_once(f"columns that --text_columns leaves out: {' '.join(sorted(unread))}")
     texts, num_characters = [], 0
     for _, text in read_texts(config, files):
         texts.append(text)
@@ -529,7 +545,7 @@ def sample_texts(config, files):
         if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
             break
     if len(texts) < 100:
-        print_once(f"note: nothing is held out for evaluation, as there are {len(texts)} texts")
+        print_once(f"note: nothing is held out for evaluation, as {len(texts)} texts were read")
         return texts, 0.0
     return texts, float(np.clip(100 / len(texts), 1 / 1000, 1 / 10))
 
@@ -587,14 +603,14 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     """The micro-batches of some shards of the data, one of each shard in turn, without end.
 
     What a shard yields depends only on (data, seed, step, shard), not on the process. A micro-batch
-    comes with the position from which its shard resumes: the epoch, the data position where its
-    buffer of texts begins, and the step of that buffer's first batch.
+    comes with the point from which its shard resumes: the epoch, the data position where its buffer
+    of texts begins, and the step of that buffer's first batch.
     """
 
     def __init__(self, config, tokenizer, files, held_out_share, shards, state):
         self.config, self.tokenizer, self.files = config, tokenizer, files
         self.held_out_share, self.shards = held_out_share, shards
-        self.positions = state.get("positions", {})
+        self.resume_points = state.get("resume_points", {})
         self.first_step = state.get("step", 0) + 1
 
     def __iter__(self):
@@ -606,24 +622,24 @@ class PretrainingStream(torch.utils.data.IterableDataset):
     def read_shard(self, shard):
         """Yield (info, batch) for each step from first_step on."""
         config = self.config
-        epoch, data_position, step = self.positions.get(shard, (0, (0, 0), 1))
+        epoch, data_position, step = self.resume_points.get(shard, (0, (0, 0), 1))
         num_empty = 0  # epochs, one after another
         while True:
             epoch_start = step
             where = (shard, config.num_shards, epoch, data_position)
             for texts, buffer_end in self.read_buffers(read_texts(config, self.files, *where)):
-                position = (epoch, data_position, step)
+                resume_point = (epoch, data_position, step)
                 for sequences in self.make_batches(texts, shard, step):
-                    if step >= self.first_step:  # a resumed run skips what its buffer has given
+                    if step >= self.first_step:  # a resumed run skips batches it has trained on
                         numbers = np.random.SeedSequence([config.seed, step, shard])
                         mask_seed, dropout_seed = numbers.generate_state(2).tolist()
-                        info = {"shard": shard, "position": position, "seed": dropout_seed}
+                        info = {"shard": shard, "resume_point": resume_point, "seed": dropout_seed}
                         info["num_tokens"] = sum(len(token_ids) for token_ids, _ in sequences)
                         yield info, collate(sequences, self.tokenizer, config.mask_ratio, mask_seed)
                     step += 1
                 data_position = buffer_end
             num_empty = num_empty + 1 if step == epoch_start else 0
-            if num_empty == 10:  # in one, all of a shard's files may be empty ones
+            if num_empty == 10:  # fewer may be chance: in each, a shard has other files
                 message = f"--data {config.data}: no text for shard {shard} of {config.num_shards}"
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
             epoch, data_position = epoch + 1, (0, 0)
@@ -655,7 +671,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         bounds = [len(sequences) * i // count for i in range(count + 1)]
         batches = [sequences[start:end] for start, end in itertools.pairwise(bounds)]
         for step in range(first_step, first_step + count):
-            # All shards share this draw: they get alike lengths, and no process waits for another.
+            # The same draw for all shards: their batches are of like length, and no process waits.
             draw = np.random.default_rng([config.seed, step]).random()
             yield batches.pop(int(draw * len(batches)))
 
@@ -824,8 +840,8 @@ FREE_FLAGS += ("index", "split", "top_k", "relevance_level", "keep_identical_ids
 
 
 def print_once(message):
-    """Print a line on the first process."""
-    if dist.get_rank() == 0:
+    """Print a line on the first process, which need not have joined the others yet."""
+    if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
 
@@ -842,8 +858,15 @@ def write_json(path, content):
     temporary.replace(path)
 
 
-def prepare_output(config):
-    """Make --output, and lock it while the file that is returned is open."""
+@contextlib.contextmanager
+def locked_output(config):
+    """Make --output, and keep other runs out of it until the context ends.
+
+    UserError where it is in use, or holds anything but a run of the same script.
+    """
+    if dist.get_rank() > 0:
+        yield
+        return
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in output.iterdir()} - {".lock"}
@@ -853,15 +876,15 @@ def prepare_output(config):
             known = {*json.loads((output / "run.json").read_text())["config"]}
     if names and known != {*asdict(config)}:
         raise UserError(f"--output {output} holds other files: give another folder")
-    lock = (output / ".lock").open("a+")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = Path(lock.name).read_text()
-        raise UserError(f"--output {output} is in use by {holder}") from error
-    lock.truncate(0)
-    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
-    return lock
+    with (output / ".lock").open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = Path(lock.name).read_text()
+            raise UserError(f"--output {output} is in use by {holder}") from error
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
+        yield
 
 
 def list_checkpoints(output):
@@ -877,9 +900,7 @@ def load_checkpoint(config):
     newest = [None] * dist.get_world_size()
     dist.all_gather_object(newest, [path.name for path in checkpoints[-1:]])
     if any(names != newest[0] for names in newest):
-        raise UserError(
-            f"processes see the checkpoints {newest}: put --output on a disk they share"
-        )
+        raise UserError(f"processes see other checkpoints {newest}: put --output on a shared disk")
     if not checkpoints and Path(config.output, "model.safetensors").exists():
         reason = "has a model without checkpoints: give another folder"
         raise UserError(f"--output {config.output} {reason}")
@@ -945,8 +966,8 @@ def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", sim
         shutil.rmtree(old)
 
 
-def start_logs(config, device, state):
-    """Write run.json, how this start was made, and cut metrics.jsonl to what a checkpoint knows."""
+def write_run_json(config, device):
+    """Write how this run was started: flags, versions, git commit, device and processes."""
     commit = ""
     with contextlib.suppress(OSError):  # no git here
         options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
@@ -956,7 +977,13 @@ def start_logs(config, device, state):
     content["versions"] = {name: metadata.version(name) for name in packages}
     content["versions"]["python"] = sys.version
     content |= {"device": str(device), "world_size": dist.get_world_size()}
+    Path(config.output).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.output, "run.json"), content)
+
+
+def start_logs(config, device, state):
+    """Write run.json, drop what metrics.jsonl has after the checkpoint, and tell of a resume."""
+    write_run_json(config, device)
     with Path(config.output, "metrics.jsonl").open("a") as file:
         file.truncate(min(state.get("log_size", 0), file.tell()))
     step = state.get("step")
@@ -1025,12 +1052,18 @@ def check_numbers(config, minimums):
             raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
 
 
-def complete_config(config):
-    """Fill in the flags that were not given, and return them; UserError for impossible values."""
-    table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PAPER_DEFAULTS
-    table = table | {"warmup_steps": (config.steps or table["steps"]) // 20}
+def fill_in(config, table):
+    """Fill in the flags of a table that were not given, and print them."""
     filled = {name: value for name, value in table.items() if getattr(config, name) is None}
     vars(config).update(filled)
+    if filled:
+        print_once(f"defaults: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
+
+
+def complete_config(config):
+    """Fill in the flags that were not given; UserError for impossible values."""
+    table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PAPER_DEFAULTS
+    fill_in(config, table | {"warmup_steps": (config.steps or table["steps"]) // 20})
     check_numbers(config, {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0})
     for name in ("mask_ratio", "adam_beta2"):
         if not 0 < getattr(config, name) < 1:
@@ -1041,7 +1074,6 @@ def complete_config(config):
     if config.batch_size % (config.micro_batch_size * world_size):
         multiple = f"--micro_batch_size {config.micro_batch_size} x {world_size} processes"
         raise UserError(f"--batch_size {config.batch_size} is no multiple of {multiple}")
-    return filled
 
 
 def init_distributed():
@@ -1073,7 +1105,7 @@ def compute_dtype(precision, device):
 
 
 def build_optimizer(config, model):
-    """AdamW, without weight decay on the vectors among the weights: biases and LayerNorm."""
+    """AdamW, with weight decay on matrices alone: not on biases and LayerNorm."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -1192,10 +1224,10 @@ def measure_rates(sums, start, device):
     }
 
 
-def end_run(config, step, stops, stop_signal, lock):
-    """Put the newest model into --output; or say that a signal has stopped the run, and exit so."""
+def end_run(config, step, should_stop, stop_signal):
+    """Copy the newest model into --output and print the gain, or exit with a signal's code."""
     output = Path(config.output)
-    if stops:
+    if should_stop:
         print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
     elif dist.get_rank() == 0:
         lines = (output / "metrics.jsonl").read_text().splitlines()
@@ -1207,25 +1239,23 @@ def end_run(config, step, stops, stop_signal, lock):
         shutil.copytree(list_checkpoints(output)[-1], output, ignore=state, dirs_exist_ok=True)
         print(f"model saved in {output}", flush=True)
     dist.barrier()  # torchrun ends the others at the first exit
-    if lock:
-        lock.close()
-    if stops:
+    if should_stop:
         sys.exit(128 + (stop_signal.received or signal.SIGTERM))
 
 
 def train(config, device):
     """Pre-train to --steps, from the newest checkpoint or the start; the model ends in --output."""
-    # Output, checkpoint and data.
+    # Checkpoint and data.
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    lock = prepare_output(config) if rank == 0 else None
     checkpoint, state = load_checkpoint(config)
     files = list_files(config.data)
     texts, held_out_share = sample_texts(config, files)
     held_out_share = state.get("held_out_share", held_out_share)
-    file_sizes = {file: os.path.getsize(file) for file in files}
-    changed = file_sizes.items() ^ state.get("file_sizes", file_sizes).items()
-    for file in sorted({file for file, _ in changed}):
-        print_once(f"warning: --data has changed since the checkpoint: {file}")
+    contents = {file: os.path.getsize(file) for file in files}
+    contents["its first texts"] = zlib.crc32("\n".join(texts).encode())
+    changed = contents.items() ^ state.get("contents", contents).items()
+    for name in sorted({name for name, _ in changed}):
+        print_once(f"warning: --data has changed since the checkpoint: {name}")
 
     # Model, optimizer and loader.
     tokenizer, model = prepare_model(config, checkpoint, texts, device)
@@ -1255,10 +1285,10 @@ def train(config, device):
 
     step = last_step = state.get("step", 0)
     num_micro_batches = config.num_shards // world_size
-    positions = {}  # from which the shards of this process resume
+    resume_points = {}  # of the shards of this process
     counts = Counter()  # sums since the last line of the log
     start = time.perf_counter()
-    stops = False
+    should_stop = False
     bar = tqdm(total=config.steps, initial=last_step, unit="step", disable=rank > 0)
     with StopSignal() as stop_signal, contextlib.closing(loader), bar:
         for step in range(last_step + 1, config.steps + 1):
@@ -1268,13 +1298,14 @@ def train(config, device):
             for index in range(num_micro_batches):
                 wait_start = time.perf_counter()
                 info, batch = next(loader)
-                positions[info["shard"]] = info["position"]
+                resume_points[info["shard"]] = info["resume_point"]
                 counts["wait_seconds"] += time.perf_counter() - wait_start
                 counts["tokens"] += info["num_tokens"]
                 counts["padded_tokens"] += batch["input_ids"].numel()
 
                 torch.manual_seed(info["seed"])  # so dropout depends on (seed, step, shard) only
-                ddp.require_backward_grad_sync = index == num_micro_batches - 1  # once a step
+                # DDP averages the gradients of all processes in the last backward pass alone.
+                ddp.require_backward_grad_sync = index == num_micro_batches - 1
                 with autocast:
                     losses = ddp(**batch.to(device, non_blocking=True))
                 loss = losses["mlm_loss"]
@@ -1297,15 +1328,16 @@ def train(config, device):
             optimizer.zero_grad()
             bar.update()
 
-            saves = step % config.save_every == 0 or step == config.steps
-            evaluates = step % config.eval_every == 0 or step == config.steps
-            if not (saves or evaluates or step % config.log_every == 0):
+            should_save = step % config.save_every == 0 or step == config.steps
+            should_evaluate = step % config.eval_every == 0 or step == config.steps
+            if not (should_save or should_evaluate or step % config.log_every == 0):
                 continue
 
-            # Log the losses of this step, and the rates since the last line.
-            # The sum waits for the device, so the time is true.
-            sums = sum_over_processes({**step_losses, **counts, "stops": stop_signal.received > 0})
-            record = {"step": step, "epoch": info["position"][0]}
+            # Log the losses of this step, and the rates since the last line. To sum the losses
+            # waits for the device, so that the time includes all of its work.
+            counts["signals"] = stop_signal.received > 0
+            sums = sum_over_processes(step_losses | counts)
+            record = {"step": step, "epoch": info["resume_point"][0]}
             record |= {name: sums[name] / world_size for name in step_losses}
             record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
             record |= measure_rates(sums, start, device)
@@ -1315,29 +1347,29 @@ def train(config, device):
             bar.set_postfix_str(", ".join(shown))
 
             # Evaluate.
-            if evaluates and held_out and rank == 0:
+            if should_evaluate and held_out and rank == 0:
                 metrics = evaluate(model, held_out, device, autocast)
                 append_metrics(config, {"step": step} | metrics)
 
             # Save.
-            stops = sums["stops"] > 0
-            if saves or stops:
-                all_positions = [None] * world_size
-                dist.all_gather_object(all_positions, positions)
-                state = {"step": step, "positions": {}}
-                for own in all_positions:
-                    state["positions"] |= own
-                state |= {"file_sizes": file_sizes, "held_out_share": held_out_share}
+            should_stop = sums["signals"] > 0
+            if should_save or should_stop:
+                everyone = [None] * world_size
+                dist.all_gather_object(everyone, resume_points)
+                state = {"step": step, "resume_points": {}}
+                for own in everyone:
+                    state["resume_points"] |= own
+                state |= {"contents": contents, "held_out_share": held_out_share}
                 state["decoder"] = model.decoder.state_dict()
                 state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 if rank == 0:
                     save_checkpoint(config, state, model.lm, tokenizer, config.max_length)
-            if stops:
+            if should_stop:
                 break
             counts.clear()
             start = time.perf_counter()
 
-    end_run(config, step, stops, stop_signal, lock)
+    end_run(config, step, should_stop, stop_signal)
 
 
 # ---- benchmark
@@ -1383,12 +1415,14 @@ def bench(config, device):
             seconds[objective].append(time.perf_counter() - start)
             memory[objective] = peak_memory_mb(device) - memory_before
 
-    tokens = sum_over_processes({"tokens": sum(info["num_tokens"] for info, _ in micro_batches)})
+    counts = {"tokens": sum(info["num_tokens"] for info, _ in micro_batches)}
+    counts["samples"] = sum(len(batch["input_ids"]) for _, batch in micro_batches)
+    sums = sum_over_processes(counts)
     rows = {}
     for objective in runs:
         median = np.median(seconds[objective][2:])
         ratios = np.array(seconds["mlm"][2:]) / seconds[objective][2:]
-        row = {"samples/s": 4 * config.batch_size / median, "tokens/s": tokens["tokens"] / median}
+        row = {"samples/s": sums["samples"] / median, "tokens/s": sums["tokens"] / median}
         row |= {"x mlm": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
         rows[objective] = row | {"peak MB": memory[objective]}
     if dist.get_rank() == 0:
@@ -1430,13 +1464,12 @@ def main(argv=None):
     """Train or measure, as the flags of a command line say."""
     config = parse_config(argv, Config)
     device = init_distributed()
-    filled = complete_config(config)
-    print_once(f"not given: {' '.join(f'--{name} {value}' for name, value in filled.items())}")
-    if config.data == "python-docs":
-        print_once("building the corpus, or reading it from the cache")
-        python_docs()  # in one process, while the cache's lock makes the others wait
-    command = bench if config.bench else train
-    command(config, device)
+    complete_config(config)
+    if config.bench:
+        bench(config, device)
+    else:
+        with locked_output(config):
+            train(config, device)
 
 
 if __name__ == "__main__":

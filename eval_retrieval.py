@@ -30,7 +30,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,7 @@ from bow_mae import BAD_DATA, UserError, print_once
 
 @dataclass
 class RetrievalConfig:
-    """Every flag of every command; which command has which stands below."""
+    """The flags of all commands; COMMANDS, at the end, says which command has which."""
 
     # Data and encoder.
     data: str = HfArg(default="python-docs", help="python-docs, folder, or BEIR name on the hub")
@@ -145,7 +145,7 @@ def split_array(file):
         raise ValueError("an object is malformed, or the array has no end")
 
 
-def parse_line(line, number, name):
+def parse_record(line, number, name):
     """The record of a line: of JSON, of a file of DPR, or of fields between tabs or else spaces."""
     if line.lstrip().startswith("{"):
         return json.loads(line)
@@ -173,14 +173,14 @@ def read_file(path):
             lines = split_array(file) if is_array else file
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.startswith("id\ttext\ttitle"):  # DPR's header
-                    yield f"{path}, line {number}", parse_line(line, number, path.name)
+                    yield f"{path}, line {number}", parse_record(line, number, path.name)
     except (SyntaxError, *BAD_DATA) as error:
         raise UserError(f"{path}, line {number}: {error}") from error
 
 
 def clean_record(record, where):
     """_id, title and text of a passage or query, whatever their names; "" for what is missing."""
-    # No set, as the cache is keyed by this code, pickled, and a set has no fixed order.
+    # A tuple, as the cache is keyed by this code, pickled: a set has no fixed order.
     if not isinstance(record, dict) or record.keys().isdisjoint(("title", "text", "query")):
         raise UserError(f"{where}: no text")
     cleaned = {}
@@ -278,14 +278,14 @@ def read_folder(folder, split):
 
 
 def read_hub(name, split):
-    """The same, of a dataset with the parts corpus and queries, and of NAME-qrels."""
+    """Passages, queries, answers and qrels of BEIR on the hub: NAME and NAME-qrels."""
     try:
         passages = datasets.load_dataset(name, "corpus", split="corpus")
         queries = datasets.load_dataset(name, "queries", split="queries") if split else []
         qrels = datasets.load_dataset(f"{name}-qrels", split=split) if split else []
     except (OSError, ValueError) as error:
         reason = bow_mae.short_reason(error)
-        raise UserError(f"--data {name}, no folder here, on the hub: {reason}") from error
+        raise UserError(f"--data {name} is no folder; the hub says: {reason}") from error
     asked = [(f"{name}, query {number}", row) for number, row in enumerate(queries)]
     judged = []
     for number, row in enumerate(qrels):
@@ -295,9 +295,8 @@ def read_hub(name, split):
 
 
 def read_python_docs(split):
-    """The same, of python-docs: a summary asks for its text; a hash of the name gives the split."""
+    """Those of python-docs: a summary asks for its text, a hash of the name gives the split."""
     numbers = {"train": range(2, 10), "dev": [1], "test": [0]}.get(split, [])
-    print_once("building the corpus, or reading it from the cache")
     docs = bow_mae.python_docs()
     queries, qrels = {}, {}
     for row in docs.select_columns(["_id", "query"]):
@@ -308,7 +307,7 @@ def read_python_docs(split):
 
 
 def load_task(config, split):
-    """The passages of --data, and the queries that a split (if any) judges or that carry answers.
+    """Read --data. Of its queries stay those that a split judges; without qrels, all with answers.
 
     A missing passage stays judged, as in trec_eval; a judged query without a text is left out.
     """
@@ -317,6 +316,8 @@ def load_task(config, split):
         passages, queries, answers, qrels = read_python_docs(split)
     elif folder.is_dir():
         passages, queries, answers, qrels = read_folder(folder, split)
+    elif "/" not in config.data or bow_mae.is_path(config.data):
+        raise UserError(f"--data {config.data}: no such folder")
     else:
         passages, queries, answers, qrels = read_hub(config.data, split)
     if "text" not in passages.column_names or not any(passages["text"]):
@@ -338,11 +339,13 @@ def load_task(config, split):
     grades = [grade for name in asked for grade in qrels.get(name, {}).values()]
     if max(grades, default=1) < 1:
         raise UserError(f"--data {config.data}: no passage is relevant to a query of {split}")
-    if split and not asked or judged and len(lost_passages) == len(judged):
-        raise UserError(f"--data {config.data} lacks all queries, or judged passages, of {split}")
+    if split and not asked:
+        raise UserError(f"--data {config.data} has no query of {split}")
+    if judged and len(lost_passages) == len(judged):
+        raise UserError(f"--data {config.data} has no judged passage of {split}")
     queries = {query_id: queries[query_id] for query_id in asked}
     qrels = {query_id: qrels[query_id] for query_id in asked if query_id in qrels}
-    is_beir = find_file(folder, "collection.tsv") is None  # MS MARCO only numbers its queries
+    is_beir = find_file(folder, "collection.tsv") is None  # in MS MARCO equal ids mean nothing
     return Task(passages, rows, queries, qrels, answers, is_beir and not config.keep_identical_ids)
 
 
@@ -358,6 +361,7 @@ def passage_texts(passages, rows):
 
 CHUNK_SIZE = 1024  # texts in a file of vectors
 MOST_TRAINING_VECTORS = 300_000  # of an index, in each process
+SPARE_HITS = 17  # searched beyond --top_k, for ties and for a passage that is dropped
 
 
 def model_file(source, name):
@@ -386,9 +390,9 @@ def saved_pooling(source):
 class Encoder(nn.Module):
     """Vectors of texts, by any encoder; `lm` is what is saved, with its head if it has one."""
 
-    def __init__(self, config, device, source=""):
+    def __init__(self, config, device):
         super().__init__()
-        source = source or config.model
+        source = config.model
         longest = max(config.max_query_length, config.max_passage_length)
         options = {"dtype": torch.float32, "output_loading_info": True}
         self.tokenizer = bow_mae.load_tokenizer(source)
@@ -417,8 +421,8 @@ class Encoder(nn.Module):
             raise UserError(f"--model {source}: pooling {self.pooling} is not supported")
         settings = f"{self.dtype} {self.pooling} {self.similarity}"
         state = [self.tokenizer.backend_tokenizer.to_str(), self.lm.base_model.state_dict()]
-        self.content = Hasher.hash(state)
-        self.fingerprint = Hasher.hash([settings, self.content])  # of all that vectors depend on
+        self.content_hash = Hasher.hash(state)
+        self.vectors_hash = Hasher.hash([settings, self.content_hash])
         print_once(f"{source}: {settings}, up to {longest} tokens, {device}")
 
     def forward(self, batch):
@@ -453,7 +457,7 @@ class Encoder(nn.Module):
 
 def vector_files(config, encoder, texts, side):
     """The files of the vectors of texts, in a folder that is named by all that they depend on."""
-    key = [encoder.fingerprint, texts._fingerprint, CHUNK_SIZE, *encoder.sides[side]]
+    key = [encoder.vectors_hash, texts._fingerprint, CHUNK_SIZE, *encoder.sides[side]]
     target = Path(config.output, "vectors", side, Hasher.hash(key))
     return [target / f"{start:010}.npy" for start in range(0, len(texts), CHUNK_SIZE)]
 
@@ -532,7 +536,7 @@ def build_index(config, encoder, passages):
     if inverted is not None:
         inverted.nprobe = max(1, inverted.nlist // 16)  # lists searched for a query, not only 1
     if "HNSW" in kind:  # where efSearch is below k, fewer than k are found
-        depth = max(config.top_k, config.depth[1]) + 17
+        depth = max(config.top_k, config.depth[1]) + SPARE_HITS
         faiss.ParameterSpace().set_index_parameter(index, "efSearch", depth)
     for file in tqdm(own, "index", unit="file", disable=dist.get_rank() > 0):
         vectors = np.load(file)
@@ -543,8 +547,8 @@ def build_index(config, encoder, passages):
 def search_index(index, vectors, k):
     """Scores and rows (Q, k) of the best passages of all processes; None but on the first."""
     batches = np.split(vectors, range(256, len(vectors), 256))
-    hidden = dist.get_rank() > 0 or len(batches) == 1
-    found = [index.search(batch, k) for batch in tqdm(batches, "search", disable=hidden)]
+    is_quiet = dist.get_rank() > 0 or len(batches) == 1
+    found = [index.search(batch, k) for batch in tqdm(batches, "search", disable=is_quiet)]
     scores = np.concatenate([scores for scores, _ in found])
     rows = np.concatenate([rows for _, rows in found])
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -622,7 +626,7 @@ def ranking(hits):
 def retrieve(config, task, encoder, k):
     """The k best passages of each query, see `ranked_hits`; on the first process alone, else []."""
     queries = list(task.queries.values())
-    depth = k + 17  # more, for ties and for a passage that is dropped
+    depth = k + SPARE_HITS
     if encoder is None:
         found = bm25(task.passages, queries, depth) if dist.get_rank() == 0 else None
     else:
@@ -677,11 +681,12 @@ def evaluate_run(run, qrels, relevance_level=1, top_k=1000):
     for query_id, judged in qrels.items():
         if max(judged.values(), default=0) < 1:
             continue
-        names = ranking(run.get(query_id, {}))[:top_k]
+        ranked = ranking(run.get(query_id, {}))[:top_k]
         relevant = {name for name, grade in judged.items() if grade >= relevance_level}
-        ranks = [rank for rank, name in enumerate(names, 1) if name in relevant]
-        num_relevant, first = len(relevant) or 1, min(ranks, default=math.inf)
-        gains = [judged.get(name, 0) for name in names[:10]]
+        ranks = [rank for rank, name in enumerate(ranked, 1) if name in relevant]
+        first = min(ranks, default=math.inf)
+        num_relevant = max(len(relevant), 1)  # none at this level: all metrics but nDCG are 0
+        gains = [judged.get(name, 0) for name in ranked[:10]]
         ideal = sorted(judged.values(), reverse=True)[:10]
         precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
         values = {
@@ -851,7 +856,7 @@ def load_training_set(config, uses_data=False):
         print_once(f"warning: {len(queries) - num_queries} queries have no positive: left out")
     lacking = sum(len(rows) == 0 for rows in training.negatives)
     if lacking and config.negatives:
-        print_once(f"warning: {lacking} of {num_queries} queries have no hard negatives")
+        print_once(f"{lacking:,} of {num_queries:,} queries get random passages as negatives")
     return training
 
 
@@ -868,7 +873,7 @@ class FinetuningSteps(torch.utils.data.Dataset):
         self.epoch, self.order = -1, np.empty(0)
 
     def __getitem__(self, step):
-        """The micro-batches, and `known` (B, B·(1+n)): what is relevant, hence no negative."""
+        """The micro-batches, and (B, B·(1+n)) bool of `contrastive_loss`: false negatives."""
         config, training = self.config, self.training
         epoch, number = divmod(step - 1, len(training.queries) // config.batch_size)
         if epoch != self.epoch:
@@ -877,11 +882,11 @@ class FinetuningSteps(torch.utils.data.Dataset):
         chosen = self.order[number * config.batch_size :][: config.batch_size]  # (B,)
         rows = np.stack([self.draw(i, epoch) for i in chosen])  # (B, 1+n)
         identity = training.identity[rows].ravel()  # (B·(1+n),)
-        known = torch.zeros(len(rows), len(identity), dtype=torch.bool)
+        false_negatives = torch.zeros(len(rows), len(identity), dtype=torch.bool)
         for place, i in enumerate(chosen):
             own = training.identity[training.positives[i]]
-            known[place] = torch.from_numpy(np.isin(identity, own))
-            known[place, place * rows.shape[1]] = False  # the positive that the query is for
+            false_negatives[place] = torch.from_numpy(np.isin(identity, own))
+            false_negatives[place, place * rows.shape[1]] = False  # the query's positive
 
         micro_batches = []
         end = self.first + self.share
@@ -890,14 +895,15 @@ class FinetuningSteps(torch.utils.data.Dataset):
             queries = [config.query_prefix + training.queries[i] for i in chosen[own]]
             texts = passage_texts(training.passages, rows[own].ravel())
             passages = [config.passage_prefix + text for text in texts]
-            batch = {"seed": hash((config.seed, step, start)) % 2**32}  # of dropout
+            numbers = np.random.SeedSequence([config.seed, step, start])
+            batch = {"seed": int(numbers.generate_state(1)[0])}  # of dropout
             options = {"truncation": True, "padding": True, "return_tensors": "pt"}
             options["max_length"] = config.max_query_length
             batch["queries"] = dict(self.tokenizer(queries, **options))
             options["max_length"] = config.max_passage_length
             batch["passages"] = dict(self.tokenizer(passages, **options))
             micro_batches.append(batch)
-        return micro_batches, known
+        return micro_batches, false_negatives
 
     def draw(self, i, epoch):
         """The rows of a positive and of n negatives of query i (1+n,), others in each epoch."""
@@ -910,13 +916,14 @@ class FinetuningSteps(torch.utils.data.Dataset):
         return np.append(positive, rng.choice(pool, count, replace=len(pool) < count))
 
 
-def contrastive_loss(queries, passages, known, temperature):
+def contrastive_loss(queries, passages, false_negatives, temperature):
     """InfoNCE over all passages of a step (section 4.2): 1+n of each query, its positive first.
 
-    queries (B, D), passages (B·(1+n), D), known (B, B·(1+n)) bool: relevant, so no negative.
+    queries (B, D), passages (B·(1+n), D), false_negatives (B, B·(1+n)) bool: passages that are
+    relevant to a query, but for the positive that stands for it here.
     """
     scores = queries @ passages.T / temperature  # (B, B·(1+n))
-    scores = scores.masked_fill(known, -math.inf)
+    scores = scores.masked_fill(false_negatives, -math.inf)
     group_size = len(passages) // len(queries)
     targets = torch.arange(len(queries), device=scores.device) * group_size  # (B,)
     return F.cross_entropy(scores, targets)
@@ -959,7 +966,6 @@ def finetune(config, device):
     """
     # Data, checkpoint and model.
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    lock = bow_mae.prepare_output(config) if rank == 0 else None
     encoder = Encoder(config, device)  # first, as a slip in --model shows at once
     training = load_training_set(config)
     config = plan_steps(config, len(training.queries))
@@ -968,12 +974,14 @@ def finetune(config, device):
     # unseen when a run resumes.
     rows = np.concatenate([*training.positives, *training.negatives])
     contents = Hasher.hash([training.passages.data.nbytes, training.queries, rows])
-    inputs = {"--model": encoder.content, "--data, --train_data or --negatives_file": contents}
+    inputs = {"--model": encoder.content_hash, "--data, --train_data or --negatives_file": contents}
     for name, value in inputs.items():
         if state.get(name, value) != value:
             reason = f"was begun with other content of {name}: give another --output"
             raise UserError(f"--output {config.output} {reason}")
-    encoder = Encoder(config, device, checkpoint).train() if checkpoint else encoder.train()
+    if checkpoint:
+        encoder = Encoder(replace(config, model=checkpoint), device)
+    encoder.train()
     parameters = list(encoder.lm.base_model.parameters())
     optimizer = bow_mae.build_optimizer(config, encoder.lm.base_model)
     scaler = torch.amp.GradScaler(device.type, enabled=encoder.dtype == torch.float16)
@@ -994,11 +1002,11 @@ def finetune(config, device):
         bow_mae.start_logs(config, device, state)
 
     counts = Counter()  # since the last line of the log
-    stops = False
+    should_stop = False
     start = wait_start = time.perf_counter()
     bar = tqdm(total=config.steps, initial=last_step, unit="step", disable=rank > 0)
     with bow_mae.StopSignal() as stop_signal, bar:
-        for step, (micro_batches, known) in enumerate(loader, last_step + 1):
+        for step, (micro_batches, false_negatives) in enumerate(loader, last_step + 1):
             counts["wait_seconds"] += time.perf_counter() - wait_start
             for batch in micro_batches:
                 for side in ("queries", "passages"):
@@ -1013,8 +1021,8 @@ def finetune(config, device):
             passages = torch.cat([pair[1] for pair in pairs]).detach().requires_grad_()
 
             # Loss, and its gradient at the vectors.
-            known = known.to(device)
-            loss = contrastive_loss(gather(queries), gather(passages), known, config.temperature)
+            vectors = (gather(queries), gather(passages))
+            loss = contrastive_loss(*vectors, false_negatives.to(device), config.temperature)
             scaler.scale(loss).backward()
 
             # Backward through the encoder, one micro-batch at a time.
@@ -1023,7 +1031,8 @@ def finetune(config, device):
             for i, batch in enumerate(micro_batches):
                 pair = encode_pair(encoder, batch) if encodes_again else pairs[i]
                 torch.autograd.backward(pair, (query_gradients[i], passage_gradients[i]))
-            for parameter in parameters:  # summed: each process has that of its own vectors
+            # Each process has the gradient of its own vectors; that of the loss is their sum.
+            for parameter in parameters:
                 if world_size > 1 and parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
 
@@ -1039,9 +1048,9 @@ def finetune(config, device):
             bar.update()
 
             # Log the loss of this step, and the rates since the last line.
-            saves = step == config.steps or step % config.save_every == 0
-            if saves or step % config.log_every == 0:
-                counts["stops"] = stop_signal.received > 0
+            should_save = step == config.steps or step % config.save_every == 0
+            if should_save or step % config.log_every == 0:
+                counts["signals"] = stop_signal.received > 0
                 sums = bow_mae.sum_over_processes(counts)
                 epoch = step / (len(training.queries) // config.batch_size)
                 record = {"step": step, "epoch": epoch, "loss": loss.item()}
@@ -1049,22 +1058,22 @@ def finetune(config, device):
                 record |= bow_mae.measure_rates(sums, start, device)
                 bow_mae.append_metrics(config, record)
                 bar.set_postfix(loss=record["loss"], epoch=record["epoch"])
-                stops = sums["stops"] > 0
+                should_stop = sums["signals"] > 0
                 counts.clear()
                 start = time.perf_counter()
 
             # Save.
-            if (saves or stops) and rank == 0:
+            if (should_save or should_stop) and rank == 0:
                 state = {"step": step, **inputs, "optimizer": optimizer.state_dict()}
                 state["scaler"] = scaler.state_dict()
                 model = (encoder.lm, encoder.tokenizer, config.max_passage_length)
                 pooling = (encoder.pooling, encoder.similarity)
                 bow_mae.save_checkpoint(config, state, *model, *pooling)
-            if stops:
+            if should_stop:
                 break
             wait_start = time.perf_counter()
 
-    bow_mae.end_run(config, step, stops, stop_signal, lock)
+    bow_mae.end_run(config, step, should_stop, stop_signal)
 
 
 # ---- mining
@@ -1075,7 +1084,7 @@ def mine(config, device):
 
     Passages that are relevant to the query, or hold an answer to it, are left out.
     """
-    task, encoder, lock = prepare(config, config.train_split, device)
+    task, encoder = prepare(config, config.train_split, device)
     ranked = retrieve(config, task, encoder, config.depth[1])
     if not ranked:  # the first process writes
         return
@@ -1100,9 +1109,7 @@ def mine(config, device):
 
 
 def prepare(config, split, device):
-    """Task, encoder (None: bm25) and lock on --output; all that can be refused is refused here."""
-    rank = dist.get_rank()
-    lock = bow_mae.prepare_output(config) if rank == 0 else None
+    """Task and encoder (None: bm25) of a command; all that can be refused is refused here."""
     run = Path(config.output, "run.json")
     saved = json.loads(run.read_text())["config"] if run.exists() else vars(config)
     for name in ("model", "data", "split"):
@@ -1113,25 +1120,24 @@ def prepare(config, split, device):
     task = load_task(config, split)
     if encoder is not None:
         check_index(config, encoder, len(task.passages))
-    if rank == 0:
-        content = {"config": asdict(config), "argv": sys.argv, "device": str(device)}
-        bow_mae.write_json(Path(config.output, "run.json"), content)
+    if dist.get_rank() == 0:
+        bow_mae.write_run_json(config, device)
     dist.barrier()
-    return task, encoder, lock
+    return task, encoder
 
 
 def index_passages(config, device):
     """Encode the passages of --data, which need no queries, for `search`."""
     if config.model == "bm25":
         raise UserError("--model bm25 has no index to write")
-    task, encoder, lock = prepare(config, "", device)
+    task, encoder = prepare(config, "", device)
     encode_collection(config, encoder, task.passages, "passages")
 
 
 def evaluate(config, device):
     """Retrieve for the queries of --split; write run and metrics, return mean metrics."""
     other = read_run(config.compare) if config.compare else {}
-    task, encoder, lock = prepare(config, config.split, device)
+    task, encoder = prepare(config, config.split, device)
     if not task.qrels and config.top_k < 5:
         raise UserError(f"--top_k {config.top_k} is below 5, where answers are first counted")
     ranked = retrieve(config, task, encoder, config.top_k)
@@ -1152,12 +1158,14 @@ def evaluate(config, device):
     (output / "per_query.jsonl").write_text("".join(lines))
     means = pd.DataFrame(rows).mean(numeric_only=True).to_dict()
     bow_mae.write_json(output / "metrics.json", means)
-    bow_mae.print_table({name: {"": means[name]} for name in means}, [""], config.model)
+    title = f"{config.model}, {len(results):,} queries, {len(task.rows):,} passages"
+    bow_mae.print_table({name: {"": means[name]} for name in means}, [""], title)
     lost = sum(max(grades.values()) < 1 for grades in task.qrels.values())
     if lost:
         print_once(f"{lost} queries without a relevant passage are left out; trec_eval counts 0")
     if other:
         compare(config, task, results, other)
+    print(f"ranking and metrics saved in {output}", flush=True)
     return means
 
 
@@ -1182,10 +1190,13 @@ def compare(config, task, results, other):
 
 
 def recipe(config, device):
-    """The paper's two stages, with negatives of BM25, then of the first stage's model."""
+    """The paper's two stages, with negatives of BM25, then of the first stage's model.
+
+    Other commands: evaluate, index, mine, finetune, search, explain.
+    """
     if config.model == "bm25" or config.negatives_file:
         raise UserError("the recipe mines its own negatives, and fine-tunes --model, not bm25")
-    _, encoder, lock = prepare(config, config.split, device)
+    _, encoder = prepare(config, config.split, device)
     load_task(config, config.train_split)  # refuses a split that cannot be mined
     training = load_training_set(replace(config, negatives=0), uses_data=True)
     config = plan_steps(config, len(training.queries))
@@ -1194,7 +1205,7 @@ def recipe(config, device):
         mined, tuned, tested = (str(output / stage / name) for name in ("mined", "model", "test"))
         tuning = replace(config, negatives_file=[f"{mined}/negatives.jsonl"], output=tuned)
         checkpoint, state = bow_mae.load_checkpoint(tuning)  # refuses other flags
-        if state.get("--model", encoder.content) != encoder.content:
+        if state.get("--model", encoder.content_hash) != encoder.content_hash:
             raise UserError(f"--output {tuned} was begun with another model: give another --output")
         # Where training has begun, its negatives stay: another number of processes mines others.
         mining = None if checkpoint else replace(config, model=miner, output=mined)
@@ -1221,7 +1232,6 @@ def search(config, device):
     """Print the ten best passages for a text, of what `index` or `evaluate` left in --output."""
     if not Path(config.output, "vectors", "passages").is_dir():
         raise UserError(f"--output {config.output} has no vectors: run `index` first")
-    lock = bow_mae.prepare_output(config) if dist.get_rank() == 0 else None
     saved = json.loads(Path(config.output, "run.json").read_text())["config"]
     config = RetrievalConfig(**saved | {"output": config.output, "text": config.text})
     task, encoder = load_task(config, ""), Encoder(config, device)
@@ -1234,7 +1244,6 @@ def search(config, device):
         for name, score in hits.items():
             passage = " ".join(passage_texts(task.passages, [task.rows[name]])[0].split())
             print(f"{score:8.3f}  {name}\n          {passage[:150]}")
-    del lock  # --output is free
 
 
 def explain(config, device):
@@ -1250,7 +1259,10 @@ def explain(config, device):
         logits = bow_mae.mlm_head(encoder.lm, hidden[:, 0]).float()  # (1, V)
     terms = bow_mae.bag_of_words(input_ids, special)[0]  # (V,)
     coverage = bow_mae.term_coverage(logits, input_ids, special).item()
-    print(f"{coverage:.1%} of the {int(terms.sum())} terms are among as many best terms:")
+    count = int(terms.sum())
+    print(
+        f"{coverage:.1%} of the text's {count} terms are among the {count} best of [CLS]; the best:"
+    )
     for term in logits[0].topk(20).indices:
         name = encoder.tokenizer.convert_ids_to_tokens(term.item())
         print(f"{name!s:<20}{'in the text' if terms[term] else ''}")
@@ -1276,7 +1288,7 @@ COMMANDS = {
 
 
 def parse_command(argv):
-    """The command, its config, and the flags that were filled in, of a command line."""
+    """The command of a command line, and its config."""
     name, *flags = argv if argv and not argv[0].startswith("-") else ["", *argv]
     if name not in COMMANDS:
         raise UserError(f"{name}: the commands are{' '.join(COMMANDS)}, or none for the recipe")
@@ -1290,8 +1302,7 @@ def parse_command(argv):
     config = RetrievalConfig(**given)
     is_short = config.data == "python-docs" and not config.train_data
     table = SHORT_DEFAULTS if is_short else PAPER_DEFAULTS
-    filled = {name: table[name] for name in table if name in given and given[name] is None}
-    config = replace(config, **filled)
+    bow_mae.fill_in(config, {name: table[name] for name in table if name in given})
     least = {"seed": 0, "negatives": 0, "warmup_steps": 0, "workers": 0}
     least |= {"max_query_length": 3, "max_passage_length": 3}
     bow_mae.check_numbers(config, least)
@@ -1303,17 +1314,19 @@ def parse_command(argv):
         raise UserError("--split and --train_split need a name")
     if "text" in given and not config.text:
         raise UserError(f"{argv[0]} needs a text, in quotation marks")
-    return command, config, filled
+    return command, config
 
 
 @bow_mae.errors_in_one_line()
 def main(argv=None):
     """Run the command of a command line, or the recipe."""
-    command, config, filled = parse_command(sys.argv[1:] if argv is None else argv)
     device = bow_mae.init_distributed()
-    if filled:
-        print_once(f"not given: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
-    command(config, device)
+    command, config = parse_command(sys.argv[1:] if argv is None else argv)
+    if command is explain:  # writes nothing
+        explain(config, device)
+    else:
+        with bow_mae.locked_output(config):
+            command(config, device)
 
 
 if __name__ == "__main__":
