@@ -354,29 +354,40 @@ def is_path(name):
     return is_file or in_folder or len(path.parts) > 2 or name[0] in "./"
 
 
-def list_files(data):
-    """The files of --data, of one format; [] for python-docs, a saved dataset, or a hub name.
+def list_folder(folder):
+    """The files of a folder to train on; how many others it has is told.
 
-    Of a folder: the corpus of BEIR or MS MARCO, else all files but hidden ones, those whose names
-    tell of a test or validation split, empty ones, and what our own runs have left there.
+    Left out are hidden and empty files, those whose names tell of a test or validation split, and
+    what our own runs have left there.
     """
+    everything = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    runs = {path.parent for path in everything if path.name == "run.json"}
+    files = [path for path in everything if file_format(path) in FORMATS]
+    files = [path for path in files if not runs & {*path.parents}]
+    files = [path for path in files if not OTHER_FILES.search(str(path.relative_to(folder)))]
+    files = [path for path in files if path.is_file() and path.stat().st_size]
+    corpora = [path.parent for path in files if path.name in CORPORA]
+    if corpora:
+        raise UserError(f"--data {folder}: give {corpora[0]}, or a glob of files")
+    if len(files) < len(everything):
+        kinds = "empty, hidden, of another format, of a test or validation split, or of a run"
+        count = len(everything) - len(files)
+        print_once(f"note: {len(files)} files are read; {count} are not: {kinds}")
+    return files
+
+
+def list_files(data):
+    """The files of --data, of one format; [] for python-docs, a saved dataset, or a hub name."""
     if not data:
         raise UserError("--data is empty")
     path = Path(data)
     corpora = [path / name for name in CORPORA if (path / name).is_file()]
-    if corpora:
-        files = corpora[:1]
-    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return []  # a saved dataset
+    if corpora:  # of BEIR or MS MARCO, without their queries and judgements
+        files = corpora[:1]
     elif path.is_dir():
-        everything = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
-        runs = {file.parent for file in everything if file.name == "run.json"}
-        files = [file for file in everything if file_format(file) in FORMATS]
-        files = [file for file in files if not runs & {*file.parents}]
-        files = [file for file in files if not OTHER_FILES.search(str(file.relative_to(path)))]
-        nested = [file.parent for file in files if file.name in CORPORA]
-        if nested:
-            raise UserError(f"--data {data}: give {nested[0]}, or a glob of files")
+        files = list_folder(path)
     elif is_path(data) or glob.has_magic(data):
         files = [path] if path.is_file() else map(Path, glob.glob(data, recursive=True))
     else:
@@ -387,10 +398,6 @@ def list_files(data):
     formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
     if formats not in FORMATS:
         raise UserError(f"--data {data}: found {formats}; give one format of {' '.join(FORMATS)}")
-    if path.is_dir() and not corpora and len(files) < len(everything):
-        count = len(everything) - len(files)
-        kinds = "empty, hidden, of another format, of a test or validation split, or of a run"
-        print_once(f"note: {len(files)} files are read; {count} are not: {kinds}")
     contents = Counter(os.path.realpath(file).removesuffix(".gz") for file in files)
     content, count = contents.most_common(1)[0]
     if count > 1:

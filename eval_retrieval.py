@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets.fingerprint import Hasher
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM
@@ -146,7 +147,7 @@ def split_array(file):
 
 
 def parse_record(line, number, name):
-    """The record of a line: of JSON, of a file of DPR, or of fields between tabs or else spaces."""
+    """The record of a line: of JSON, of a file of DPR, or of fields, of which tabs make a text."""
     if line.lstrip().startswith("{"):
         return json.loads(line)
     line = line.rstrip("\r\n")
@@ -155,10 +156,11 @@ def parse_record(line, number, name):
         return {"_id": passage_id, "text": text, "title": title}
     if ".qa.csv" in name:
         text, answers = next(csv.reader([line], delimiter="\t"))
-        return {"_id": f"question:{number}", "text": text, "answers": ast.literal_eval(answers)}
+        query_id = f"{name.split('.')[0]}:{number}"  # such as nq-test:1
+        return {"_id": query_id, "text": text, "answers": ast.literal_eval(answers)}
     fields = line.split("\t" if "\t" in line else None)
-    if len(fields) < 2:
-        raise ValueError("neither a JSON object nor fields between tabs")
+    if "\t" not in line:  # of qrels or a run
+        return {"fields": fields}
     return {"_id": fields[0], "text": " ".join(fields[1:]), "fields": fields}
 
 
@@ -219,6 +221,8 @@ def collect_queries(records):
     queries, answers = {}, {}
     for where, record in records:
         query = clean_record(record, where)
+        if len(record.get("fields", [])) > 2:
+            raise UserError(f"{where}: expected a query id and a text")
         if query["_id"] in queries:
             raise UserError(f"{where}: query {query['_id']} occurs twice")
         if query["text"].strip():
@@ -265,7 +269,10 @@ def read_folder(folder, split):
     queries, answers, qrels = {}, {}, {}
     if split:
         names = [f"queries.{split}.tsv", f"queries.{split}.jsonl", "queries.tsv", "queries.jsonl"]
-        names += sorted(path.name for path in folder.glob(f"*{split}.qa.csv*"))  # of DPR
+        names_of_dpr = sorted(path.name for path in folder.glob(f"*{split}.qa.csv*"))
+        if len(names_of_dpr) > 1:
+            raise UserError(f"--data {folder}: keep one of {' '.join(names_of_dpr)}")
+        names += names_of_dpr
         asked = find_file(folder, *names)
         judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
         if asked is None:
@@ -367,6 +374,8 @@ SPARE_HITS = 17  # searched beyond --top_k, for ties and for a passage that is d
 def model_file(source, name):
     """The content of a JSON file of a model's folder or hub name; {} where there is none."""
     path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    if path is None and not Path(source).is_dir() and try_to_load_from_cache(source, name) is None:
+        print_once(f"warning: {name} of {source} is not in the cache, and the hub is out of reach")
     return json.loads(Path(path).read_text()) if path else {}
 
 
@@ -398,6 +407,8 @@ class Encoder(nn.Module):
         self.tokenizer = bow_mae.load_tokenizer(source)
         try:
             lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
+            if lm.config.is_encoder_decoder:
+                raise ValueError("an encoder with a decoder")
             lm.base_model(bow_mae.trial_ids(self.tokenizer, longest))
         except Exception as error:  # whatever damaged files or other kinds of models raise
             reason = bow_mae.short_reason(error)
@@ -421,9 +432,14 @@ class Encoder(nn.Module):
             raise UserError(f"--model {source}: pooling {self.pooling} is not supported")
         settings = f"{self.dtype} {self.pooling} {self.similarity}"
         state = [self.tokenizer.backend_tokenizer.to_str(), self.lm.base_model.state_dict()]
+        state += [model_file(source, name) for name in ("config.json", "tokenizer_config.json")]
         self.content_hash = Hasher.hash(state)
         self.vectors_hash = Hasher.hash([settings, self.content_hash])
-        print_once(f"{source}: {settings}, up to {longest} tokens, {device}")
+        lengths = f"queries of {config.max_query_length}, passages of {config.max_passage_length}"
+        print_once(f"{source}: {settings}, {lengths} tokens at most, {device}")
+        prompts = model_file(source, "config_sentence_transformers.json").get("prompts") or {}
+        if any(prompts.values()) and not config.query_prefix + config.passage_prefix:
+            print_once(f"warning: neither --query_prefix nor --passage_prefix, but {prompts}")
 
     def forward(self, batch):
         """Vectors (B, D), float32 and of norm 1 for `cos`, of input_ids, attention_mask (B, L)."""
@@ -495,8 +511,9 @@ def check_index(config, encoder, num_passages):
     except RuntimeError as error:
         reason = str(error).split("Error: ")[-1]
         raise UserError(f"--index {config.index} of width {encoder.width}: {reason}") from error
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT or "IDMap" in config.index:
-        raise UserError(f"--index {config.index} searches by distance, or has a needless IDMap")
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT or re.search("PCA|ITQ|IDMap", config.index):
+        reason = "searches by distance, shifts vectors, or has a needless IDMap"
+        raise UserError(f"--index {config.index} {reason}")
     inverted = faiss.try_extract_index_ivf(index)
     needed, bits = inverted.nlist if inverted else 1, 0
     if re.search("PQ|RQ", config.index):
@@ -647,16 +664,21 @@ def retrieve(config, task, encoder, k):
     return ranked_hits(task, *found, k) if found else []
 
 
+def drop_identical(task, query_id, hits):
+    """Drop a passage with its query's id, as in BEIR's ArguAna; returns whether there was one."""
+    is_relevant = task.qrels.get(query_id, {}).get(query_id, 0) > 0
+    if is_relevant or not task.drop_identical:
+        return False
+    return hits.pop(query_id, None) is not None
+
+
 def ranked_hits(task, scores, rows, k):
     """Yield each query id and its k best passages {passage id: score}, of at least k candidates."""
     ids, num_dropped = list(task.rows), 0
     for query_id, query_scores, query_rows in zip(task.queries, scores, rows, strict=True):
         found = zip(query_scores.tolist(), query_rows.tolist(), strict=True)
         hits = {ids[row]: score for score, row in found if row >= 0}
-        is_relevant = task.qrels.get(query_id, {}).get(query_id, 0) > 0
-        if task.drop_identical and query_id in hits and not is_relevant:  # as in ArguAna
-            del hits[query_id]
-            num_dropped += 1
+        num_dropped += drop_identical(task, query_id, hits)
         yield query_id, {name: hits[name] for name in ranking(hits)[:k]}
     if num_dropped:
         print_once(f"{num_dropped} hits had the id of their query and were dropped, as in BEIR")
@@ -761,9 +783,12 @@ def read_run(path):
     for where, record in read_file(Path(path)):
         try:
             query_id, _, passage_id, _, score, _ = record["fields"]
+            if math.isnan(float(score)) or passage_id in run[query_id]:
+                raise ValueError("no score, or two")
             run[query_id][passage_id] = float(score)
         except (KeyError, ValueError) as error:
-            raise UserError(f"{where}: expected qid Q0 docid rank score tag") from error
+            reason = "expected qid Q0 docid rank score tag, each docid once"
+            raise UserError(f"{where}: {reason}") from error
     if not run:
         raise UserError(f"{path} is empty")
     return dict(run)
@@ -777,10 +802,11 @@ class TrainingSet:
     """Passages, and for each query its text, the rows of its positives and hard negatives."""
 
     passages: datasets.Dataset  # of --data, then of each --train_data
-    identity: np.ndarray  # (passages,) rows with the same number are the same passage
+    identity: np.ndarray  # (passages,) rows of the same id or text have the same number
     queries: list[str]
     positives: list[np.ndarray]
     negatives: list[np.ndarray]
+    content_hash: str = ""  # of all of this
 
 
 def read_examples(path, size, modified):
@@ -800,10 +826,12 @@ def read_examples(path, size, modified):
 
 
 def read_negatives(path, task):
-    """Yield (query id, rows) of a file of `mine`, or of lines of a query id and passage ids."""
+    """Yield (query id, rows) of a file of `mine`, or of lines of a query id and a passage id."""
     for where, record in read_file(Path(path)):
         query_id = str(record.get("query_id", record.get("_id")))
         names = record.get("negatives") or record.get("fields", [])[1:]
+        if len(record.get("fields", [])) > 2:
+            raise UserError(f"{where}: expected a query id and one passage id")
         unknown = [name for name in names if str(name) not in task.rows]
         if query_id not in task.queries or unknown:
             raise UserError(f"{where}: query {query_id} or passages {unknown} are not in --data")
@@ -843,7 +871,11 @@ def load_training_set(config, uses_data=False):
         tables.append(table.select_columns(["_id", "title", "text"]))
         ids.extend(frame["_id"])
 
-    identity = pd.factorize(np.array(ids, dtype=object))[0]
+    texts = itertools.chain.from_iterable(table["text"] for table in tables)
+    named = zip(texts, ids, strict=True)
+    hashes = np.array([zlib.crc32((text or str(name)).encode()) for text, name in named])
+    numbers = pd.Series(pd.factorize(np.array(ids, dtype=object))[0])
+    identity = numbers.groupby(hashes).transform("min").to_numpy()
     training = TrainingSet(datasets.concatenate_datasets(tables), identity, [], [], [])
     for query_id, query in queries.items():
         known, rows = positives[query_id], np.array(negatives[query_id], np.int32)
@@ -855,6 +887,8 @@ def load_training_set(config, uses_data=False):
     if num_queries < len(queries):
         print_once(f"warning: {len(queries) - num_queries} queries have no positive: left out")
     lacking = sum(len(rows) == 0 for rows in training.negatives)
+    content = [hashes, training.queries, training.positives, training.negatives]
+    training.content_hash = Hasher.hash(content)
     if lacking and config.negatives:
         print_once(f"{lacking:,} of {num_queries:,} queries get random passages as negatives")
     return training
@@ -970,11 +1004,9 @@ def finetune(config, device):
     training = load_training_set(config)
     config = plan_steps(config, len(training.queries))
     checkpoint, state = bow_mae.load_checkpoint(config)
-    # What training depends on, beside the flags (of the passages, their size): a change would go
-    # unseen when a run resumes.
-    rows = np.concatenate([*training.positives, *training.negatives])
-    contents = Hasher.hash([training.passages.data.nbytes, training.queries, rows])
-    inputs = {"--model": encoder.content_hash, "--data, --train_data or --negatives_file": contents}
+    # What training depends on, beside the flags: a change would go unseen when a run resumes.
+    inputs = {"--model": encoder.content_hash}
+    inputs["--data, --train_data or --negatives_file"] = training.content_hash
     for name, value in inputs.items():
         if state.get(name, value) != value:
             reason = f"was begun with other content of {name}: give another --output"
@@ -1152,6 +1184,7 @@ def evaluate(config, device):
         for query_id, grades in task.qrels.items():
             for name, grade in grades.items():
                 file.write(f"{query_id} 0 {name} {grade}\n")
+    (output / "compare.json").unlink(missing_ok=True)  # of another ranking
     results = measure_run(config, task, run)
     rows = [{"query_id": query_id} | values for query_id, values in results.items()]
     lines = [json.dumps(row) + "\n" for row in rows]
@@ -1174,6 +1207,8 @@ def compare(config, task, results, other):
     num_missing = len(results.keys() - other.keys())
     if num_missing:
         print_once(f"warning: {num_missing} queries are not in {config.compare} and count 0 there")
+    for query_id, hits in other.items():
+        drop_identical(task, query_id, hits)
     depth = max(map(len, other.values()))
     if depth < min(config.top_k, len(task.rows)):
         reason = f"has at most {depth} passages of a query: deeper metrics favour this run"
@@ -1283,7 +1318,7 @@ COMMANDS = {
     "mine": (mine, MINE_FLAGS),
     "finetune": (finetune, FINETUNE_FLAGS),
     "search": (search, "text output"),
-    "explain": (explain, "text " + ENCODER_FLAGS),
+    "explain": (explain, "text model max_passage_length"),
 }
 
 
