@@ -2039,7 +2039,7 @@ BAD_COMMANDS = {  # what the message must say
     "evaluate --compare nothing.trec": "nothing.trec",
     "evaluate --compare bad.trec": "bad.trec, line 1: expected qid Q0 docid rank score tag",
     "evaluate --compare empty.trec": "empty.trec is empty",
-    "evaluate --compare twice.trec": "line 2: expected qid Q0 docid rank score tag, each docid once",
+    "evaluate --compare twice.trec": "twice.trec, line 2: expected qid Q0 docid rank score",
     "evaluate --max_query_length 1": "--max_query_length 1 must be a finite number, at least 3",
     "evaluate --model damaged": "--model damaged cannot encode",
     "evaluate --top_k 0": "--top_k 0 must be a finite number, at least 1",
