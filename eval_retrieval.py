@@ -504,39 +504,30 @@ def encode_collection(config, encoder, texts, side):
 # ---- search
 
 
+# Strings of faiss.index_factory that search by inner product, as it is.
+INDEX = re.compile(
+    r"(IVF(?P<lists>[1-9]\d*),)?(Flat|SQ8|SQfp16|PQ[1-9]\d*(?P<small>x4)?)|HNSW([2-9]|[1-9]\d+)"
+)
+
+
 def check_index(config, encoder, num_passages):
-    """UserError if faiss cannot build --index of so many passages, or would search by distance."""
+    """UserError if --index is of another kind, or needs more passages to be trained on."""
+    match = INDEX.fullmatch(config.index)
+    if not match:
+        kinds = "Flat, SQ8, SQfp16, PQ16 or PQ16x4, each also after IVF1024, or HNSW32"
+        raise UserError(f"--index {config.index}: give {kinds}, with numbers of your own")
     try:
-        index = faiss.index_factory(encoder.width, config.index, faiss.METRIC_INNER_PRODUCT)
+        faiss.index_factory(encoder.width, config.index, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).split("Error: ")[-1]
         raise UserError(f"--index {config.index} of width {encoder.width}: {reason}") from error
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT or re.search("PCA|ITQ|IDMap", config.index):
-        reason = "searches by distance, shifts vectors, or has a needless IDMap"
-        raise UserError(f"--index {config.index} {reason}")
-    inverted = faiss.try_extract_index_ivf(index)
-    needed, bits = inverted.nlist if inverted else 1, 0
-    if re.search("PQ|RQ", config.index):
-        bits = int((re.findall(r"x(\d+)", config.index) or ["8"])[-1])  # PQ16 is PQ16x8
-        needed = max(needed, 2**bits, 256 if "OPQ" in config.index else 1)
+    centroids = 16 if match["small"] else 256 if "PQ" in config.index else 1  # of 4 or 8 bits
+    needed = max(centroids, int(match["lists"] or 1))
     starts = range(0, num_passages, CHUNK_SIZE)[dist.get_rank() :: dist.get_world_size()]
     share = sum(min(CHUNK_SIZE, num_passages - start) for start in starts)
-    every = max(1, math.ceil(share / MOST_TRAINING_VECTORS))  # see build_index
-    share = math.ceil(share / every)
+    share = math.ceil(share / max(1, math.ceil(share / MOST_TRAINING_VECTORS)))  # see build_index
     if 0 < share < needed:
         raise UserError(f"--index {config.index} needs {needed} passages a process, not {share}")
-    # A trial on random vectors: some faults show when an index is trained, filled or searched.
-    size = min(share, max(needed, 1024))
-    vectors = np.random.default_rng(0).standard_normal((size, encoder.width), np.float32)
-    try:
-        # Quantizers of 8 bits take as long to train on few vectors as on many.
-        if 0 < size <= 4096 and bits < 8 and "OPQ" not in config.index:
-            index.train(vectors)
-            index.add(vectors)
-            index.search(vectors[:1], 1)
-    except RuntimeError as error:
-        reason = str(error).split("Error: ")[-1]
-        raise UserError(f"--index {config.index} of {share} passages: {reason}") from error
 
 
 def build_index(config, encoder, passages):
