@@ -61,7 +61,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 @dataclass
 class Config:
-    """Pre-train a masked LM; unset flags get the paper's values, those of a new model others."""
+    """Pre-train. Unset flags get the paper's values, or those of a short run for a new model."""
 
     # Data and model.
     data: str = HfArg(default="python-docs", help="python-docs, file, folder, glob or hub dataset")
@@ -355,7 +355,7 @@ def is_path(name):
 
 
 def list_folder(folder):
-    """The files of a folder to train on; how many others it has is told.
+    """The files of a folder to train on; the number of the others is printed.
 
     Left out are hidden and empty files, those whose names tell of a test or validation split, and
     what our own runs have left there.
@@ -368,11 +368,11 @@ def list_folder(folder):
     files = [path for path in files if path.is_file() and path.stat().st_size]
     corpora = [path.parent for path in files if path.name in CORPORA]
     if corpora:
-        raise UserError(f"--data {folder}: give {corpora[0]}, or a glob of files")
+        raise UserError(f"--data {folder} holds a corpus: give {corpora[0]}, or a glob of files")
     if len(files) < len(everything):
-        kinds = "empty, hidden, of another format, of a test or validation split, or of a run"
+        kinds = "empty, hidden, a link to a folder, of another format, of a test split, of a run"
         count = len(everything) - len(files)
-        print_once(f"note: {len(files)} files are read; {count} are not: {kinds}")
+        print_once(f"note: {len(files)} files are read; {count} are not ({kinds})")
     return files
 
 
@@ -415,6 +415,10 @@ def list_pieces(config, files, num_shards=1, epoch=None):
     for file in files:
         if file_format(file) == ".parquet":
             parquet = pyarrow.parquet.read_metadata(file)
+            names = parquet.schema.to_arrow_schema().names
+            if set(names).isdisjoint(config.text_columns):
+                asked = " ".join(config.text_columns)
+                raise UserError(f"{file} has the columns {sorted(names)}, not {asked}")
             parts = [i for i in range(parquet.num_row_groups) if parquet.row_group(i).num_rows]
             pieces += [(f"{file}, row group {part}", file, part) for part in parts]
         else:
@@ -462,8 +466,6 @@ def read_tables(source, part, columns):
         tables = dataset.shard(*part).with_format("arrow").iter(1000)
     first = 1
     for table in tables:
-        if not table.schema.names:
-            raise ValueError(f"no column {' or '.join(columns)}")
         # Only the names of the columns: values that nobody asks for may not convert to Python.
         rows = table.to_pylist() if columns else [dict.fromkeys(table.schema.names)] * len(table)
         yield from enumerate(rows, first)
@@ -552,7 +554,9 @@ def sample_texts(config, files):
         if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
             break
     if len(texts) < 100:
-        print_once(f"note: nothing is held out for evaluation, as {len(texts)} texts were read")
+        print_once(
+            f"note: nothing is held out for evaluation, as there are only {len(texts)} texts"
+        )
         return texts, 0.0
     return texts, float(np.clip(100 / len(texts), 1 / 1000, 1 / 10))
 
@@ -847,7 +851,7 @@ FREE_FLAGS += ("index", "split", "top_k", "relevance_level", "keep_identical_ids
 
 
 def print_once(message):
-    """Print a line on the first process, which need not have joined the others yet."""
+    """Print a line on the first process; its data-loader processes are in no group."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
@@ -869,7 +873,8 @@ def write_json(path, content):
 def locked_output(config):
     """Make --output, and keep other runs out of it until the context ends.
 
-    UserError where it is in use, or holds anything but a run of the same script.
+    UserError where it is in use, or holds anything but a run of the same script. The lock holds
+    for folders inside, such as those of a recipe's stages.
     """
     if dist.get_rank() > 0:
         yield
@@ -1258,11 +1263,13 @@ def train(config, device):
     files = list_files(config.data)
     texts, held_out_share = sample_texts(config, files)
     held_out_share = state.get("held_out_share", held_out_share)
-    contents = {file: os.path.getsize(file) for file in files}
-    contents["its first texts"] = zlib.crc32("\n".join(texts).encode())
-    changed = contents.items() ^ state.get("contents", contents).items()
-    for name in sorted({name for name, _ in changed}):
-        print_once(f"warning: --data has changed since the checkpoint: {name}")
+    file_sizes = {file: os.path.getsize(file) for file in files}
+    texts_hash = zlib.crc32("\n".join(texts).encode())
+    changed = file_sizes.items() ^ state.get("file_sizes", file_sizes).items()
+    for file in sorted({file for file, _ in changed}):
+        print_once(f"warning: --data has changed since the checkpoint: {file}")
+    if state.get("texts_hash", texts_hash) != texts_hash:
+        print_once("warning: the first texts of --data have changed since the checkpoint")
 
     # Model, optimizer and loader.
     tokenizer, model = prepare_model(config, checkpoint, texts, device)
@@ -1340,7 +1347,7 @@ def train(config, device):
             if not (should_save or should_evaluate or step % config.log_every == 0):
                 continue
 
-            # Log the losses of this step, and the rates since the last line. To sum the losses
+            # Log the losses of this step, and the rates since the last line. Summing the losses
             # waits for the device, so that the time includes all of its work.
             counts["signals"] = stop_signal.received > 0
             sums = sum_over_processes(step_losses | counts)
@@ -1366,7 +1373,8 @@ def train(config, device):
                 state = {"step": step, "resume_points": {}}
                 for own in everyone:
                     state["resume_points"] |= own
-                state |= {"contents": contents, "held_out_share": held_out_share}
+                state |= {"file_sizes": file_sizes, "texts_hash": texts_hash}
+                state["held_out_share"] = held_out_share
                 state["decoder"] = model.decoder.state_dict()
                 state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 if rank == 0:

@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+import xxhash
 from datasets.fingerprint import Hasher
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
@@ -72,7 +73,7 @@ class RetrievalConfig:
     seed: int = HfArg(default=0, help="of everything that is drawn")
     text: str = HfArg(default="", help="question or text; may stand first, without --text")
     # Search and evaluation.
-    index: str = HfArg(default="Flat", help="of faiss.index_factory: SQfp16, IVF1024,Flat, HNSW32")
+    index: str = HfArg(default="Flat", help="of FAISS: Flat, SQfp16, PQ16, IVF1024,Flat, HNSW32")
     split: str = HfArg(default="test", help="split that is evaluated")
     top_k: int = HfArg(default=1000, help="passages of a query; no metric is cut deeper")
     relevance_level: int = HfArg(default=1, help="lowest relevant grade; nDCG uses all grades")
@@ -147,7 +148,7 @@ def split_array(file):
 
 
 def parse_record(line, number, name):
-    """The record of a line: of JSON, of a file of DPR, or of fields, of which tabs make a text."""
+    """The record of a line: of JSON, of a file of DPR, or of fields; a tab parts id and text."""
     if line.lstrip().startswith("{"):
         return json.loads(line)
     line = line.rstrip("\r\n")
@@ -160,8 +161,8 @@ def parse_record(line, number, name):
         return {"_id": query_id, "text": text, "answers": ast.literal_eval(answers)}
     fields = line.split("\t" if "\t" in line else None)
     if "\t" not in line:  # of qrels or a run
-        return {"fields": fields}
-    return {"_id": fields[0], "text": " ".join(fields[1:]), "fields": fields}
+        return {"_fields": fields}
+    return {"_id": fields[0], "text": " ".join(fields[1:]), "_fields": fields}
 
 
 def read_file(path):
@@ -184,7 +185,7 @@ def clean_record(record, where):
     """_id, title and text of a passage or query, whatever their names; "" for what is missing."""
     # A tuple, as the cache is keyed by this code, pickled: a set has no fixed order.
     if not isinstance(record, dict) or record.keys().isdisjoint(("title", "text", "query")):
-        raise UserError(f"{where}: no text")
+        raise UserError(f"{where}: no text, or no tab before it")
     cleaned = {}
     for field, names in FIELD_NAMES.items():
         values = [record[name] for name in names if record.get(name) is not None]
@@ -221,7 +222,7 @@ def collect_queries(records):
     queries, answers = {}, {}
     for where, record in records:
         query = clean_record(record, where)
-        if len(record.get("fields", [])) > 2:
+        if len(record.get("_fields", [])) > 2:
             raise UserError(f"{where}: expected a query id and a text")
         if query["_id"] in queries:
             raise UserError(f"{where}: query {query['_id']} occurs twice")
@@ -240,7 +241,7 @@ def collect_qrels(records):
     """Grades by query and passage id; TREC has its iteration between a query and a passage."""
     qrels = defaultdict(dict)
     for where, record in records:
-        fields = record.get("fields", [])
+        fields = record.get("_fields", [])
         if len(fields) not in (3, 4):
             raise UserError(f"{where}: expected query-id, passage-id and grade")
         query_id, passage_id, grade = fields[0], fields[-2], fields[-1].strip()
@@ -269,10 +270,11 @@ def read_folder(folder, split):
     queries, answers, qrels = {}, {}, {}
     if split:
         names = [f"queries.{split}.tsv", f"queries.{split}.jsonl", "queries.tsv", "queries.jsonl"]
-        names_of_dpr = sorted(path.name for path in folder.glob(f"*{split}.qa.csv*"))
-        if len(names_of_dpr) > 1:
-            raise UserError(f"--data {folder}: keep one of {' '.join(names_of_dpr)}")
-        names += names_of_dpr
+        files_of_dpr = sorted(path.name for path in folder.glob(f"*{split}.qa.csv*"))
+        if len(files_of_dpr) > 1:
+            example = files_of_dpr[0].split(".")[0]
+            raise UserError(f"--data {folder}: --split {split} may be {example} or another")
+        names += files_of_dpr
         asked = find_file(folder, *names)
         judged = find_file(folder, f"qrels/{split}.tsv", f"qrels.{split}.tsv")
         if asked is None:
@@ -297,12 +299,12 @@ def read_hub(name, split):
     judged = []
     for number, row in enumerate(qrels):
         fields = [str(row[column]) for column in ("query-id", "corpus-id", "score")]
-        judged.append((f"{name}-qrels, row {number}", {"fields": fields}))
+        judged.append((f"{name}-qrels, row {number}", {"_fields": fields}))
     return passages, *collect_queries(asked), collect_qrels(judged)
 
 
 def read_python_docs(split):
-    """Those of python-docs: a summary asks for its text, a hash of the name gives the split."""
+    """Passages, queries and qrels of python-docs: a summary asks for the text that follows it."""
     numbers = {"train": range(2, 10), "dev": [1], "test": [0]}.get(split, [])
     docs = bow_mae.python_docs()
     queries, qrels = {}, {}
@@ -314,7 +316,7 @@ def read_python_docs(split):
 
 
 def load_task(config, split):
-    """Read --data. Of its queries stay those that a split judges; without qrels, all with answers.
+    """Read --data, with the queries that a split judges or, without qrels, those with answers.
 
     A missing passage stays judged, as in trec_eval; a judged query without a text is left out.
     """
@@ -374,7 +376,8 @@ SPARE_HITS = 17  # searched beyond --top_k, for ties and for a passage that is d
 def model_file(source, name):
     """The content of a JSON file of a model's folder or hub name; {} where there is none."""
     path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    if path is None and not Path(source).is_dir() and try_to_load_from_cache(source, name) is None:
+    is_unknown = path is None and not Path(source).is_dir() and name == "modules.json"
+    if is_unknown and try_to_load_from_cache(source, name) is None:
         print_once(f"warning: {name} of {source} is not in the cache, and the hub is out of reach")
     return json.loads(Path(path).read_text()) if path else {}
 
@@ -408,7 +411,7 @@ class Encoder(nn.Module):
         try:
             lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
             if lm.config.is_encoder_decoder:
-                raise ValueError("an encoder with a decoder")
+                raise ValueError("it is an encoder-decoder")
             lm.base_model(bow_mae.trial_ids(self.tokenizer, longest))
         except Exception as error:  # whatever damaged files or other kinds of models raise
             reason = bow_mae.short_reason(error)
@@ -439,7 +442,7 @@ class Encoder(nn.Module):
         print_once(f"{source}: {settings}, {lengths} tokens at most, {device}")
         prompts = model_file(source, "config_sentence_transformers.json").get("prompts") or {}
         if any(prompts.values()) and not config.query_prefix + config.passage_prefix:
-            print_once(f"warning: neither --query_prefix nor --passage_prefix, but {prompts}")
+            print_once(f"warning: this model has prompts; give them as prefixes: {prompts}")
 
     def forward(self, batch):
         """Vectors (B, D), float32 and of norm 1 for `cos`, of input_ids, attention_mask (B, L)."""
@@ -502,7 +505,6 @@ def encode_collection(config, encoder, texts, side):
 
 
 # ---- search
-
 
 # Strings of faiss.index_factory that search by inner product, as it is.
 INDEX = re.compile(
@@ -773,10 +775,11 @@ def read_run(path):
     run = defaultdict(dict)
     for where, record in read_file(Path(path)):
         try:
-            query_id, _, passage_id, _, score, _ = record["fields"]
-            if math.isnan(float(score)) or passage_id in run[query_id]:
-                raise ValueError("no score, or two")
-            run[query_id][passage_id] = float(score)
+            query_id, _, passage_id, _, score, _ = record["_fields"]
+            score = float(score)
+            if math.isnan(score) or passage_id in run[query_id]:
+                raise ValueError
+            run[query_id][passage_id] = score
         except (KeyError, ValueError) as error:
             reason = "expected qid Q0 docid rank score tag, each docid once"
             raise UserError(f"{where}: {reason}") from error
@@ -793,11 +796,16 @@ class TrainingSet:
     """Passages, and for each query its text, the rows of its positives and hard negatives."""
 
     passages: datasets.Dataset  # of --data, then of each --train_data
-    identity: np.ndarray  # (passages,) rows of the same id or text have the same number
+    ids: np.ndarray  # (passages,) numbers, equal for equal ids
+    hashes: np.ndarray  # (passages,) of title and text
     queries: list[str]
     positives: list[np.ndarray]
     negatives: list[np.ndarray]
-    content_hash: str = ""  # of all of this
+
+    def is_positive(self, rows, positives):
+        """Whether each of some passages is among the positives, by its id or its title and text."""
+        has_id = np.isin(self.ids[rows], self.ids[positives])
+        return has_id | np.isin(self.hashes[rows], self.hashes[positives])
 
 
 def read_examples(path, size, modified):
@@ -819,10 +827,11 @@ def read_examples(path, size, modified):
 def read_negatives(path, task):
     """Yield (query id, rows) of a file of `mine`, or of lines of a query id and a passage id."""
     for where, record in read_file(Path(path)):
-        query_id = str(record.get("query_id", record.get("_id")))
-        names = record.get("negatives") or record.get("fields", [])[1:]
-        if len(record.get("fields", [])) > 2:
+        given = record.get("_fields", [])
+        if given and len(given) != 2:
             raise UserError(f"{where}: expected a query id and one passage id")
+        query_id = given[0] if given else str(record.get("query_id", record.get("_id")))
+        names = record.get("negatives") or given[1:]
         unknown = [name for name in names if str(name) not in task.rows]
         if query_id not in task.queries or unknown:
             raise UserError(f"{where}: query {query_id} or passages {unknown} are not in --data")
@@ -862,24 +871,24 @@ def load_training_set(config, uses_data=False):
         tables.append(table.select_columns(["_id", "title", "text"]))
         ids.extend(frame["_id"])
 
-    texts = itertools.chain.from_iterable(table["text"] for table in tables)
-    named = zip(texts, ids, strict=True)
-    hashes = np.array([zlib.crc32((text or str(name)).encode()) for text, name in named])
-    numbers = pd.Series(pd.factorize(np.array(ids, dtype=object))[0])
-    identity = numbers.groupby(hashes).transform("min").to_numpy()
-    training = TrainingSet(datasets.concatenate_datasets(tables), identity, [], [], [])
+    passages = datasets.concatenate_datasets(tables)
+    hashes = []
+    for start in range(0, len(passages), 1000):
+        texts = passage_texts(passages, range(start, len(passages))[:1000])
+        hashes += [xxhash.xxh64_intdigest(text.encode()) for text in texts]
+    numbers = pd.factorize(np.array(ids, dtype=object))[0]
+    training = TrainingSet(passages, numbers, np.array(hashes, np.uint64), [], [], [])
     for query_id, query in queries.items():
-        known, rows = positives[query_id], np.array(negatives[query_id], np.int32)
-        if known:
+        known = np.array(positives[query_id], np.int32)
+        rows = np.array(negatives[query_id], np.int32)
+        if len(known):
             training.queries.append(query)
-            training.positives.append(np.array(known, np.int32))
-            training.negatives.append(rows[~np.isin(identity[rows], identity[known])])
+            training.positives.append(known)
+            training.negatives.append(rows[~training.is_positive(rows, known)])
     num_queries = len(training.queries)
     if num_queries < len(queries):
         print_once(f"warning: {len(queries) - num_queries} queries have no positive: left out")
     lacking = sum(len(rows) == 0 for rows in training.negatives)
-    content = [hashes, training.queries, training.positives, training.negatives]
-    training.content_hash = Hasher.hash(content)
     if lacking and config.negatives:
         print_once(f"{lacking:,} of {num_queries:,} queries get random passages as negatives")
     return training
@@ -906,11 +915,10 @@ class FinetuningSteps(torch.utils.data.Dataset):
             self.epoch, self.order = epoch, rng.permutation(len(training.queries))
         chosen = self.order[number * config.batch_size :][: config.batch_size]  # (B,)
         rows = np.stack([self.draw(i, epoch) for i in chosen])  # (B, 1+n)
-        identity = training.identity[rows].ravel()  # (B·(1+n),)
-        false_negatives = torch.zeros(len(rows), len(identity), dtype=torch.bool)
+        false_negatives = torch.zeros(len(rows), rows.size, dtype=torch.bool)  # (B, B·(1+n))
         for place, i in enumerate(chosen):
-            own = training.identity[training.positives[i]]
-            false_negatives[place] = torch.from_numpy(np.isin(identity, own))
+            is_positive = training.is_positive(rows.ravel(), training.positives[i])
+            false_negatives[place] = torch.from_numpy(is_positive)
             false_negatives[place, place * rows.shape[1]] = False  # the query's positive
 
         micro_batches = []
@@ -996,8 +1004,10 @@ def finetune(config, device):
     config = plan_steps(config, len(training.queries))
     checkpoint, state = bow_mae.load_checkpoint(config)
     # What training depends on, beside the flags: a change would go unseen when a run resumes.
+    rows = [*training.positives, *training.negatives]
+    content = [training.hashes, training.queries, np.concatenate(rows), list(map(len, rows))]
     inputs = {"--model": encoder.content_hash}
-    inputs["--data, --train_data or --negatives_file"] = training.content_hash
+    inputs["--data, --train_data or --negatives_file"] = Hasher.hash(content)
     for name, value in inputs.items():
         if state.get(name, value) != value:
             reason = f"was begun with other content of {name}: give another --output"
@@ -1198,9 +1208,9 @@ def compare(config, task, results, other):
     num_missing = len(results.keys() - other.keys())
     if num_missing:
         print_once(f"warning: {num_missing} queries are not in {config.compare} and count 0 there")
+    depth = max(map(len, other.values()))
     for query_id, hits in other.items():
         drop_identical(task, query_id, hits)
-    depth = max(map(len, other.values()))
     if depth < min(config.top_k, len(task.rows)):
         reason = f"has at most {depth} passages of a query: deeper metrics favour this run"
         print_once(f"warning: {config.compare} {reason}")
@@ -1256,8 +1266,6 @@ def recipe(config, device):
 
 def search(config, device):
     """Print the ten best passages for a text, of what `index` or `evaluate` left in --output."""
-    if not Path(config.output, "vectors", "passages").is_dir():
-        raise UserError(f"--output {config.output} has no vectors: run `index` first")
     saved = json.loads(Path(config.output, "run.json").read_text())["config"]
     config = RetrievalConfig(**saved | {"output": config.output, "text": config.text})
     task, encoder = load_task(config, ""), Encoder(config, device)
@@ -1286,9 +1294,7 @@ def explain(config, device):
     terms = bow_mae.bag_of_words(input_ids, special)[0]  # (V,)
     coverage = bow_mae.term_coverage(logits, input_ids, special).item()
     count = int(terms.sum())
-    print(
-        f"{coverage:.1%} of the text's {count} terms are among the {count} best of [CLS]; the best:"
-    )
+    print(f"{coverage:.1%} of the {count} terms of the text are among the {count} best of [CLS]:")
     for term in logits[0].topk(20).indices:
         name = encoder.tokenizer.convert_ids_to_tokens(term.item())
         print(f"{name!s:<20}{'in the text' if terms[term] else ''}")
@@ -1340,6 +1346,8 @@ def parse_command(argv):
         raise UserError("--split and --train_split need a name")
     if "text" in given and not config.text:
         raise UserError(f"{argv[0]} needs a text, in quotation marks")
+    if command is search and not Path(config.output, "vectors", "passages").is_dir():
+        raise UserError(f"--output {config.output} has no vectors: run `index` first")
     return command, config
 
 
