@@ -1266,6 +1266,8 @@ def recipe(config, device):
 
 def search(config, device):
     """Print the ten best passages for a text, of what `index` or `evaluate` left in --output."""
+    if not Path(config.output, "vectors", "passages").is_dir():
+        raise UserError(f"--output {config.output} has no vectors: run `index` first")
     saved = json.loads(Path(config.output, "run.json").read_text())["config"]
     config = RetrievalConfig(**saved | {"output": config.output, "text": config.text})
     task, encoder = load_task(config, ""), Encoder(config, device)
@@ -1346,8 +1348,6 @@ def parse_command(argv):
         raise UserError("--split and --train_split need a name")
     if "text" in given and not config.text:
         raise UserError(f"{argv[0]} needs a text, in quotation marks")
-    if command is search and not Path(config.output, "vectors", "passages").is_dir():
-        raise UserError(f"--output {config.output} has no vectors: run `index` first")
     return command, config
 
 
@@ -1356,8 +1356,8 @@ def main(argv=None):
     """Run the command of a command line, or the recipe."""
     device = bow_mae.init_distributed()
     command, config = parse_command(sys.argv[1:] if argv is None else argv)
-    if command is explain:  # writes nothing
-        explain(config, device)
+    if command in (search, explain):  # they write nothing
+        command(config, device)
     else:
         with bow_mae.locked_output(config):
             command(config, device)

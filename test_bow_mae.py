@@ -1409,7 +1409,7 @@ def test_files_are_read_by_content_not_by_name(tmp_path):
         (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(text.encode()))
         assert read(tmp_path / "a.json") == read(tmp_path / "a.tsv.gz") == rows
     (tmp_path / "g").write_text("\na\tb \r c\n\nd\t\n")
-    assert [record["fields"] for record in read(tmp_path / "g")] == [["a", "b \r c"], ["d", ""]]
+    assert [record["_fields"] for record in read(tmp_path / "g")] == [["a", "b \r c"], ["d", ""]]
 
 
 def test_ms_marco_files(tmp_path):
