@@ -516,18 +516,20 @@ def check_index(config, encoder, num_passages):
     """UserError if --index is of another kind, or needs more passages to be trained on."""
     match = INDEX.fullmatch(config.index)
     if not match:
-        kinds = "Flat, SQ8, SQfp16, PQ16 or PQ16x4, each also after IVF1024, or HNSW32"
-        raise UserError(f"--index {config.index}: give {kinds}, with numbers of your own")
+        kinds = "Flat, SQ8, SQfp16, PQ<n>, PQ<n>x4, one of these after IVF<n>, or HNSW<n>"
+        raise UserError(f"--index {config.index}: give {kinds}")
     try:
         faiss.index_factory(encoder.width, config.index, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).split("Error: ")[-1]
         raise UserError(f"--index {config.index} of width {encoder.width}: {reason}") from error
-    centroids = 16 if match["small"] else 256 if "PQ" in config.index else 1  # of 4 or 8 bits
-    needed = max(centroids, int(match["lists"] or 1))
+    needed = int(match["lists"] or 1)
+    if "PQ" in config.index:
+        needed = max(needed, 16 if match["small"] else 256)  # centroids of 4 or 8 bits
     starts = range(0, num_passages, CHUNK_SIZE)[dist.get_rank() :: dist.get_world_size()]
     share = sum(min(CHUNK_SIZE, num_passages - start) for start in starts)
-    share = math.ceil(share / max(1, math.ceil(share / MOST_TRAINING_VECTORS)))  # see build_index
+    every = max(1, math.ceil(share / MOST_TRAINING_VECTORS))  # see build_index
+    share = math.ceil(share / every)
     if 0 < share < needed:
         raise UserError(f"--index {config.index} needs {needed} passages a process, not {share}")
 
@@ -907,7 +909,7 @@ class FinetuningSteps(torch.utils.data.Dataset):
         self.epoch, self.order = -1, np.empty(0)
 
     def __getitem__(self, step):
-        """The micro-batches, and (B, B·(1+n)) bool of `contrastive_loss`: false negatives."""
+        """The micro-batches of a step, and its false negatives, see `contrastive_loss`."""
         config, training = self.config, self.training
         epoch, number = divmod(step - 1, len(training.queries) // config.batch_size)
         if epoch != self.epoch:
@@ -952,8 +954,8 @@ class FinetuningSteps(torch.utils.data.Dataset):
 def contrastive_loss(queries, passages, false_negatives, temperature):
     """InfoNCE over all passages of a step (section 4.2): 1+n of each query, its positive first.
 
-    queries (B, D), passages (B·(1+n), D), false_negatives (B, B·(1+n)) bool: passages that are
-    relevant to a query, but for the positive that stands for it here.
+    queries (B, D), passages (B·(1+n), D); false_negatives (B, B·(1+n)) bool are passages that are
+    relevant to a query beside its positive, and so are left out.
     """
     scores = queries @ passages.T / temperature  # (B, B·(1+n))
     scores = scores.masked_fill(false_negatives, -math.inf)
