@@ -554,9 +554,7 @@ def sample_texts(config, files):
         if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
             break
     if len(texts) < 100:
-        print_once(
-            f"note: nothing is held out for evaluation, as there are only {len(texts)} texts"
-        )
+        print_once(f"note: nothing is held out, as there are only {len(texts)} texts")
         return texts, 0.0
     return texts, float(np.clip(100 / len(texts), 1 / 1000, 1 / 10))
 
