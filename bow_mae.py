@@ -5,7 +5,7 @@ A masked language model learns to retrieve when its [CLS] vector must also predi
 model's own masked-LM head, the set of words of its input. No decoder, no new parameter. Two
 baselines are trained by the same script: `mlm`, and `enhanced` (RetroMAE's decoder).
 
-    torchrun bow_mae.py  # a small BERT from scratch, on the documentation of Python packages
+    torchrun bow_mae.py  # a tiny BERT from scratch, on the documentation of Python packages
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data corpus.jsonl
 The same command again resumes a run. Reading order: `cut_sequences`, the method, `train`.
 """

@@ -803,11 +803,12 @@ class TrainingSet:
     queries: list[str]
     positives: list[np.ndarray]
     negatives: list[np.ndarray]
+    relevant: list[np.ndarray]  # the positives of all queries of the same text
 
-    def is_positive(self, rows, positives):
-        """Whether each of some passages is among the positives, by its id or its title and text."""
-        has_id = np.isin(self.ids[rows], self.ids[positives])
-        return has_id | np.isin(self.hashes[rows], self.hashes[positives])
+    def is_relevant(self, rows, i):
+        """Whether each of some passages is relevant to query i, by its id or its title and text."""
+        has_id = np.isin(self.ids[rows], self.ids[self.relevant[i]])
+        return has_id | np.isin(self.hashes[rows], self.hashes[self.relevant[i]])
 
 
 def read_examples(path, size, modified):
@@ -879,14 +880,17 @@ def load_training_set(config, uses_data=False):
         texts = passage_texts(passages, range(start, len(passages))[:1000])
         hashes += [xxhash.xxh64_intdigest(text.encode()) for text in texts]
     numbers = pd.factorize(np.array(ids, dtype=object))[0]
-    training = TrainingSet(passages, numbers, np.array(hashes, np.uint64), [], [], [])
+    training = TrainingSet(passages, numbers, np.array(hashes, np.uint64), [], [], [], [])
+    relevant = defaultdict(list)
     for query_id, query in queries.items():
-        known = np.array(positives[query_id], np.int32)
-        rows = np.array(negatives[query_id], np.int32)
-        if len(known):
+        relevant[query].extend(positives[query_id])
+    for query_id, query in queries.items():
+        if len(positives[query_id]):
             training.queries.append(query)
-            training.positives.append(known)
-            training.negatives.append(rows[~training.is_positive(rows, known)])
+            training.positives.append(np.array(positives[query_id], np.int32))
+            training.relevant.append(np.array(relevant[query], np.int32))
+            rows = np.array(negatives[query_id], np.int32)
+            training.negatives.append(rows[~training.is_relevant(rows, -1)])
     num_queries = len(training.queries)
     if num_queries < len(queries):
         print_once(f"warning: {len(queries) - num_queries} queries have no positive: left out")
@@ -919,8 +923,7 @@ class FinetuningSteps(torch.utils.data.Dataset):
         rows = np.stack([self.draw(i, epoch) for i in chosen])  # (B, 1+n)
         false_negatives = torch.zeros(len(rows), rows.size, dtype=torch.bool)  # (B, B·(1+n))
         for place, i in enumerate(chosen):
-            is_positive = training.is_positive(rows.ravel(), training.positives[i])
-            false_negatives[place] = torch.from_numpy(is_positive)
+            false_negatives[place] = torch.from_numpy(training.is_relevant(rows.ravel(), i))
             false_negatives[place, place * rows.shape[1]] = False  # the query's positive
 
         micro_batches = []

@@ -1960,11 +1960,17 @@ def test_training_files_of_tevatron_and_dpr_are_joined_by_question(tmp_path, cap
     assert "1 queries have no positive" in capfd.readouterr().out
 
 
-def test_equal_questions_with_ids_of_their_own_stay_apart(tmp_path):
-    passages = [{"docid": "1", "text": "ba"}]
-    rows = [{"query_id": i, "query": "ke", "positive_passages": passages} for i in range(3)]
+def test_equal_questions_stay_apart_and_share_their_positives(tmp_path):
+    """Each brings its own passage, which is no negative of the others."""
+    rows = []
+    for i in range(3):
+        row = {"query_id": i, "query": "ke", "positive_passages": [{"docid": i, "text": f"ba {i}"}]}
+        others = [{"docid": other, "text": f"ba {other}"} for other in (0, 1, 2, 3) if other != i]
+        rows.append(row | {"negative_passages": others})
     data = write_jsonl(tmp_path / "train.jsonl", rows)
-    assert load_training(train_data=[str(data)])[0] == ["ke"] * 3
+    queries, positives, negatives = load_training(train_data=[str(data)])
+    assert queries == ["ke"] * 3 and positives == [["ba 0"], ["ba 1"], ["ba 2"]]
+    assert negatives == [["ba 3"]] * 3
 
 
 def test_nq_joins_its_own_negatives_with_mined_ones(tmp_path):
