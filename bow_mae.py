@@ -1400,8 +1400,7 @@ def bench(config, device):
     texts, _ = sample_texts(config, files)
     runs, seconds, memory = {}, defaultdict(list), {}
     for objective in ("mlm", "bow", "enhanced"):
-        own = replace(config, objective=objective)
-        tokenizer, model = prepare_model(own, None, texts, device)
+        tokenizer, model = prepare_model(replace(config, objective=objective), None, texts, device)
         runs[objective] = (wrap_ddp(model, config.compile), build_optimizer(config, model))
     num_micro_batches = config.num_shards // dist.get_world_size()
     with contextlib.closing(make_loader(config, tokenizer, files, 0.0, {})) as loader:
@@ -1410,10 +1409,9 @@ def bench(config, device):
     for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
         for objective in runs if turn % 2 == 0 else reversed(runs):
             ddp, optimizer = runs[objective]
-            memory_before = 0.0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                memory_before = peak_memory_mb(device)
+            memory_before = peak_memory_mb(device) if device.type == "cuda" else 0.0
             start = time.perf_counter()
             for index, (_, batch) in enumerate(micro_batches, 1):
                 ddp.require_backward_grad_sync = index % num_micro_batches == 0
