@@ -1504,6 +1504,8 @@ def test_a_passage_with_the_id_of_its_query_is_dropped_unless_judged_relevant(tm
     retrieval(*flags, "--output", tmp_path / "out", "--compare", tmp_path / "kept/run.trec")
     compared = read_json(tmp_path / "out/compare.json")
     assert {row["difference"] for row in compared.values()} == {0}  # dropped from both
+    retrieval(*flags, "--output", tmp_path / "out")
+    assert not (tmp_path / "out/compare.json").exists()  # it was of another ranking
 
 
 BAD_LINES = [  # file, what is added to it, what the message must say
@@ -2063,6 +2065,8 @@ BAD_COMMANDS = {  # what the message must say
     "evaluate --compare bad.trec": "bad.trec, line 1: expected qid Q0 docid rank score tag",
     "evaluate --compare empty.trec": "empty.trec is empty",
     "evaluate --compare twice.trec": "twice.trec, line 2: expected qid Q0 docid rank score",
+    "evaluate --compare nan.trec": "nan.trec, line 1: expected qid Q0 docid rank score",
+    "evaluate --model bart": "it is an encoder-decoder",
     "evaluate --max_query_length 1": "--max_query_length 1 must be a finite number, at least 3",
     "evaluate --model damaged": "--model damaged cannot encode",
     "evaluate --top_k 0": "--top_k 0 must be a finite number, at least 1",
@@ -2080,7 +2084,7 @@ BAD_COMMANDS = {  # what the message must say
 
 
 @pytest.mark.parametrize("line, message", BAD_COMMANDS.items(), ids=BAD_COMMANDS)
-def test_a_bad_command_gives_one_line(line, message, tmp_path, monkeypatch, capfd):
+def test_a_bad_command_gives_one_line(line, message, bad_models, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_model(Path("headless"), has_head=False)
     write_model(Path("damaged"))
@@ -2089,7 +2093,9 @@ def test_a_bad_command_gives_one_line(line, message, tmp_path, monkeypatch, capf
     Path("bad.trec").write_text("q1 d1 1\n")
     Path("empty.trec").write_text("\n")
     Path("twice.trec").write_text("q1 Q0 d1 1 1 tag\n" * 2)
+    Path("nan.trec").write_text("q1 Q0 d1 1 nan tag\n")
     Path("ranks.tsv").write_text("q1\td1\t1\n")
+    Path("bart").symlink_to(bad_models / "bart")
     write_jsonl(Path("unknown.jsonl"), [{"query_id": "q69", "negatives": ["d1"]}])
     write_jsonl(Path("missing.jsonl"), [{"query_id": "q1", "negatives": ["d999"]}])
     write_jsonl(Path("bad.jsonl"), [{"query": "ba", "positive_passages": []}, {"query": "ba"}])
