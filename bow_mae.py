@@ -1,42 +1,35 @@
 # SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of this repository
 """BoW-MAE: pre-training for dense retrieval by bag-of-word prediction (arXiv 2401.11248).
 
-A masked language model learns to retrieve when its [CLS] vector must also predict, through the
-model's own masked-LM head, the set of words of its input. No decoder, no new parameter. Two
-baselines are trained by the same script: `mlm`, and `enhanced` (RetroMAE's decoder).
+A masked language model becomes a good retriever when its [CLS] vector must also predict, through
+the model's own masked-LM head, the set of tokens in its input. No decoder and no new parameter are
+needed. The same script trains two baselines: `mlm` without this loss, and RetroMAE's `enhanced`.
 
     torchrun bow_mae.py  # a tiny BERT from scratch, on the documentation of Python packages
     torchrun --nproc_per_node 8 bow_mae.py --model bert-base-uncased --data corpus.jsonl
-The same command again resumes a run. Reading order: `cut_sequences`, the method, `train`.
 """
 
-import argparse
 import ast
 import contextlib
-import csv
-import fcntl
 import functools
 import gc
 import glob
-import gzip
 import inspect
 import itertools
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib import metadata, util
@@ -46,11 +39,11 @@ from typing import Literal
 import datasets
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from datasets.distributed import split_dataset_by_node
 from safetensors import SafetensorError
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
@@ -58,86 +51,106 @@ from tqdm import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding, BertConfig
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+# ---- Config
+
+# Defaults of flags that depend on the model: the paper's values, and those for a new model.
+DEFAULTS = {"max_length": (144, 64), "steps": (80_000, 1800), "batch_size": (256, 64)}
+DEFAULTS |= {"micro_batch_size": (32, 32), "lr": (3e-4, "2e-3 (tiny) to 3e-4 (base)")}
+DEFAULTS |= {"lr_final_ratio": (0.1, 0.03), "adam_beta2": (0.999, 0.98), "workers": (1, 0)}
+
+
+def unset(flag, meaning):
+    """A flag whose default depends on the model; `complete_config` fills it in from DEFAULTS."""
+    pretrained, fresh = DEFAULTS[flag]
+    return HfArg(
+        default=None, help=f"{meaning}; {pretrained} for a pre-trained model, {fresh} for a new one"
+    )
+
 
 @dataclass
 class Config:
-    """Pre-train. Unset flags get the paper's values, or those of a short run for a new model."""
+    """Pre-train an encoder for dense retrieval by bag-of-word prediction."""
 
     # Data and model.
     data: str = HfArg(default="python-docs", help="python-docs, file, folder, glob or hub dataset")
-    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns of the text")
+    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns to be joined")
     model: str = HfArg(default="tiny", help="hub name, folder, or new: tiny, mini, small, base")
     objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="bow, or a baseline")
-    max_length: int | None = HfArg(default=None, help="tokens of a sequence, with [CLS] and [SEP]")
-    mask_ratio: float = HfArg(default=0.3, help="share of the words that are masked")
-    bow_weight: float = HfArg(default=1.0, help="weight λ of the bag-of-word loss at the start")
-    bow_weight_final: float = HfArg(default=0.1, help="λ at the last step, reached by a cosine")
+    max_length: int | None = unset("max_length", "tokens in a sequence, with [CLS] and [SEP]")
+    mask_ratio: float = HfArg(default=0.3, help="fraction of the words to mask")
+    bow_weight: float = HfArg(default=1.0, help="weight of the bag-of-word loss at the start")
+    bow_weight_final: float = HfArg(default=0.1, help="its weight at the end, along a cosine")
     # Optimization.
-    steps: int | None = HfArg(default=None, help="optimizer steps")
-    batch_size: int | None = HfArg(default=None, help="sequences of a step, over all processes")
-    micro_batch_size: int | None = HfArg(default=None, help="sequences of one forward pass")
-    lr: float | None = HfArg(default=None, help="peak learning rate of AdamW")
-    lr_final_ratio: float | None = HfArg(default=None, help="final learning rate over its peak")
-    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; unset: steps // 20")
-    weight_decay: float = HfArg(default=0.01, help="of AdamW; not of biases and LayerNorm")
-    adam_beta2: float | None = HfArg(default=None, help="β₂ of AdamW")
+    steps: int | None = unset("steps", "optimizer steps")
+    batch_size: int | None = unset("batch_size", "sequences in a step, over all processes")
+    micro_batch_size: int | None = unset("micro_batch_size", "sequences in a forward pass")
+    lr: float | None = unset("lr", "peak learning rate")
+    lr_final_ratio: float | None = unset("lr_final_ratio", "final lr as a fraction of the peak")
+    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; a twentieth of --steps")
+    weight_decay: float = HfArg(default=0.01, help="AdamW's, for matrices; biases have none")
+    adam_beta2: float | None = unset("adam_beta2", "AdamW's beta2")
     # System.
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="of autocast")
-    compile: bool = HfArg(default=False, help="use torch.compile")
-    seed: int = HfArg(default=0, help="of weights, order of the data, masks and dropout")
-    workers: int | None = HfArg(default=None, help="data-loader processes of a training process")
-    output: str = HfArg(default="out/bow_mae", help="folder of the checkpoints, logs and model")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="for autocast")
+    seed: int = HfArg(default=0, help="seed of the weights, data order, masks and dropout")
+    workers: int | None = unset("workers", "data-loader workers of each process")
+    output: str = HfArg(default="out/bow_mae", help="folder for checkpoints, logs and the model")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=2, help="newest checkpoints that are kept")
+    keep: int = HfArg(default=2, help="number of newest checkpoints to keep")
     log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
     eval_every: int = HfArg(default=300, help="steps between evaluations on held-out texts")
-    bench: bool = HfArg(default=False, help="measure the cost of each objective, do not train")
+    bench: bool = HfArg(default=False, help="measure the cost of each objective; no training")
 
     @property
     def num_shards(self) -> int:
-        """Micro-batches of a step. The data has as many shards: micro-batch i reads shard i."""
+        """Micro-batches in a step. The data has as many shards: micro-batch i reads shard i."""
         return self.batch_size // self.micro_batch_size
 
 
 class UserError(Exception):
-    """An error that the user can mend; its message says what, where, and how."""
+    """An error the user can fix. Its message says what is wrong, where, and how to fix it."""
 
 
-# ---- the method
+# ---- 1. The method (paper §3)
+
+
+def special_ids(tokenizer, vocab_size):
+    """(V,) bool, true for ids that are no terms: special tokens, and ids the tokenizer lacks."""
+    special = torch.arange(vocab_size) >= len(tokenizer)
+    special[tokenizer.all_special_ids] = True
+    return special
 
 
 def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=None):
-    """Mask a share of the words of each sequence, all tokens of a word together (paper §3.1).
+    """Mask a fraction of the words of each sequence, all tokens of a word together (paper §3.1).
 
-    Of the chosen tokens 80 % become [MASK], 10 % a random token that is not special, 10 % stay.
-    At least one word of a sequence is chosen; special tokens never are.
+    Of the chosen tokens 80 % become [MASK], 10 % a random token that is not special, and 10 % stay
+    as they are. At least one word of a sequence is chosen; special tokens never are.
     input_ids (B, L) long; word_ids (B, L) long counts the words of a sequence from 1, with 0 at
     special tokens and padding. Returns masked_ids (B, L) long and chosen (B, L) bool.
     """
     device = input_ids.device
-    is_ordinary = torch.ones(len(tokenizer), dtype=torch.bool, device=device)  # (V,)
-    is_ordinary[tokenizer.all_special_ids] = False
+    is_ordinary = ~special_ids(tokenizer, len(tokenizer)).to(device)  # (V,)
     is_word = is_ordinary[input_ids] & (word_ids > 0)  # (B, L)
 
-    # A clause in a script without spaces is one word to many tokenizers. Words of more than 8
-    # tokens are therefore masked token by token: each of their tokens is a unit of its own.
+    # To many tokenizers a whole clause is one word where a script has no spaces. Words of more
+    # than 8 tokens are therefore masked token by token: each token is a unit of its own.
     word_sizes = word_ids.new_zeros(len(word_ids), int(word_ids.max()) + 1)  # (B, 1 + words)
     word_sizes = word_sizes.scatter_add(1, word_ids, torch.ones_like(word_ids))
     is_long = word_sizes.gather(1, word_ids) > 8  # (B, L)
-    previous_word_ids = F.pad(word_ids * is_word, (1, 0))[:, :-1]  # (B, L) of the token before
+    previous_word_ids = F.pad(word_ids * is_word, (1, 0))[:, :-1]  # (B, L), of the token before
     starts_unit = is_word & (is_long | (word_ids != previous_word_ids))
-    units = starts_unit.cumsum(1) * is_word  # (B, L) counts the units from 1
+    units = starts_unit.cumsum(1) * is_word  # (B, L), counts the units from 1
 
-    # Give each unit a random number, and choose those with the lowest.
+    # Each unit draws a random number, and those with the lowest numbers are chosen.
     num_units = starts_unit.sum(1, keepdim=True)  # (B, 1)
     num_chosen = (mask_ratio * num_units).round().clamp(min=1)
-    unit_ids = torch.arange(input_ids.shape[1] + 1, device=device)  # 0: tokens in no unit
+    unit_ids = torch.arange(input_ids.shape[1] + 1, device=device)  # 0 stands for "in no unit"
     unit_draws = torch.rand(len(input_ids), len(unit_ids), generator=generator, device=device)
     unit_draws = unit_draws.masked_fill((unit_ids == 0) | (unit_ids > num_units), 2.0)  # last
     is_chosen_unit = unit_draws.argsort(1).argsort(1) < num_chosen  # argsort twice: the rank
     chosen = is_chosen_unit.gather(1, units) & is_word  # (B, L)
 
-    # Replace the chosen tokens.
+    # Replace 80 % of the chosen tokens by [MASK] and 10 % by random ones.
     ordinary_ids = is_ordinary.nonzero().squeeze(1)
     picks = torch.randint(len(ordinary_ids), input_ids.shape, generator=generator, device=device)
     token_draws = torch.rand(input_ids.shape, generator=generator, device=device)  # (B, L)
@@ -147,9 +160,9 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
 
 
 def bag_of_words(input_ids, special):
-    """The set T of each sequence's tokens that are not special, as (B, V) bool.
+    """The set T of each sequence's non-special tokens, as (B, V) bool.
 
-    input_ids (B, L) long of the unmasked text; special (V,) bool, see `special_ids`.
+    input_ids (B, L) long, of the unmasked text; special (V,) bool, see `special_ids`.
     """
     bag = torch.zeros(len(input_ids), len(special), dtype=torch.bool, device=input_ids.device)
     return bag.scatter(1, input_ids, True) & ~special
@@ -158,8 +171,8 @@ def bag_of_words(input_ids, special):
 def bow_loss(cls_logits, input_ids, special):
     """L_bow (paper §3.2): the mean over sequences of -1/|T| Σ_{t in T} log softmax(f(h_CLS))_t.
 
-    cls_logits (B, V); input_ids (B, L) long of the unmasked text; special (V,) bool. Returns a
-    float32 scalar. A sequence of special tokens alone contributes 0.
+    cls_logits (B, V); input_ids (B, L) long, of the unmasked text; special (V,) bool. Returns a
+    float32 scalar. A sequence that has only special tokens contributes 0.
     """
     bag = bag_of_words(input_ids, special)  # (B, V)
     log_probabilities = cls_logits.float().log_softmax(1)  # (B, V)
@@ -168,10 +181,10 @@ def bow_loss(cls_logits, input_ids, special):
 
 
 def term_coverage(cls_logits, input_ids, special):
-    """The share of a text's |T| terms among the |T| highest logits of its [CLS]: (B,) float.
+    """How many of a text's |T| terms are among the |T| highest logits of its [CLS]: (B,) float.
 
-    cls_logits (B, V); input_ids (B, L) long of the unmasked text; special (V,) bool. A text
-    without terms has coverage 0. This measure is ours; the paper has none like it.
+    cls_logits (B, V); input_ids (B, L) long, of the unmasked text; special (V,) bool. Returns
+    fractions of |T|, 0 for a text without terms. This measure is ours; the paper has none like it.
     """
     bag = bag_of_words(input_ids, special)  # (B, V)
     num_terms = bag.sum(1, keepdim=True)  # (B, 1)
@@ -183,7 +196,7 @@ def term_coverage(cls_logits, input_ids, special):
 
 
 def mlm_head(lm, hidden):
-    """f: a model's own masked-LM head, (..., D) to (..., V); TypeError for any other family."""
+    """f: the model's own masked-LM head, (..., D) to (..., V); TypeError for any other family."""
     if hasattr(lm, "cls"):  # BERT
         return lm.cls(hidden)
     if hasattr(lm, "lm_head") and not lm.config.is_encoder_decoder:  # RoBERTa, XLM-R
@@ -199,9 +212,10 @@ def mlm_head(lm, hidden):
 class EnhancedDecoder(nn.Module):
     """RetroMAE's one-layer decoder (arXiv 2205.12035 §3.3), the baseline.
 
-    Queries are h_CLS + positions, keys and values the unmasked tokens' embeddings (h_CLS for
-    [CLS]) + positions. Token i sees position 0 and a random half of the others, not itself. The
-    original draws this mask in Python, which takes most of its time; here it is one draw on device.
+    Queries are h_CLS + positions; keys and values are the unmasked tokens' embeddings (h_CLS in
+    place of [CLS]) + positions. Token i sees position 0 and a random half of the other positions,
+    never itself. The original builds this mask in Python, which takes most of its time; here it is
+    a single draw on the device.
     """
 
     def __init__(self, lm, max_length):
@@ -236,7 +250,7 @@ class EnhancedDecoder(nn.Module):
 
 
 class BowMAE(nn.Module):
-    """A masked LM and its losses, which `train` adds up; only `enhanced` adds parameters."""
+    """A masked LM and its losses, which `train` adds up. Only `enhanced` adds parameters."""
 
     def __init__(self, lm, special, objective, max_length):
         super().__init__()
@@ -249,17 +263,17 @@ class BowMAE(nn.Module):
         return self.lm.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
 
     def forward(self, original_ids, input_ids, attention_mask, masked_positions, word_positions):
-        """The losses of a micro-batch, by name; vocabulary logits only where a loss needs them.
+        """The losses of a micro-batch by name, with vocabulary logits only where a loss needs them.
 
         original_ids (B, L) is the text, input_ids (B, L) its masked copy, which the encoder reads;
-        attention_mask (B, L) is None where nothing is padded. masked_positions (M,) and
+        attention_mask (B, L) is None if nothing is padded. masked_positions (M,) and
         word_positions (N,) index the masked and the non-special tokens of the flattened (B·L,).
         """
         hidden = self.encode(input_ids, attention_mask)  # (B, L, D)
         flat_ids, flat_hidden = original_ids.flatten(), hidden.flatten(0, 1)  # (B·L,), (B·L, D)
         logits = mlm_head(self.lm, flat_hidden[masked_positions]).float()  # (M, V)
         losses = {"mlm_loss": F.cross_entropy(logits, flat_ids[masked_positions])}
-        if self.objective == "bow" or not self.training:  # evaluation reports it for each objective
+        if self.objective == "bow" or not self.training:  # evaluation reports it for any objective
             cls_logits = mlm_head(self.lm, hidden[:, 0])  # (B, V)
             losses["bow_loss"] = bow_loss(cls_logits, original_ids, self.special)
         if self.objective == "enhanced" and self.training:
@@ -270,24 +284,503 @@ class BowMAE(nn.Module):
         return losses
 
 
-# ---- data: texts
+# ---- 2. Training (paper §4.1)
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # all but the last also .gz
-TSV_HEADERS = (b"id", b"_id", b"docid", b"text", b"title")
-CORPORA = ("corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz")
+
+def train(config, device):
+    """Pre-train to --steps, from the newest checkpoint or the start; the model ends in --output."""
+    # Checkpoint and data.
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    checkpoint, state = load_checkpoint(config)
+    files = list_files(config)
+    sizes = [f"{file} {os.path.getsize(file)}" for file in files]
+    files_hash = zlib.crc32("\n".join(sizes).encode(errors="replace"))
+    if state.get("files_hash", files_hash) != files_hash:
+        raise UserError(f"--data {config.data} has changed since this run began")
+    texts, held_out_fraction = sample_texts(config, files)
+    held_out_fraction = state.get("held_out_fraction", held_out_fraction)
+
+    # Model, optimizer and loader.
+    tokenizer, model = prepare_model(config, checkpoint, texts)
+    model.to(device).train()
+    optimizer = build_optimizer(config, model)
+    dtype = compute_dtype(config.precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        model.decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    loader = iter(make_loader(config, tokenizer, files, held_out_fraction, state))
+    held_out = held_out_batches(config, tokenizer, texts, held_out_fraction)
+    del texts
+
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print_once(
+        f"{config.objective}: {millions:.2f} M parameters, {config.steps:,} steps of "
+        f"{config.num_shards} x {config.micro_batch_size} sequences of up to {config.max_length} "
+        f"tokens, {world_size} process(es), {device}, {dtype}, output {config.output}"
+    )
+    if rank == 0:
+        start_logs(config, device, state)
+    if rank == 0 and held_out and not checkpoint:
+        append_metrics(config, {"step": 0} | evaluate(model, held_out, device, autocast))
+
+    step = last_step = state.get("step", 0)
+    num_micro_batches = config.num_shards // world_size
+    resume_points = {}  # by shard, of this process
+    should_stop = False
+    num_tokens, start = 0, time.perf_counter()  # since the last line of the log
+    bar = tqdm(total=config.steps, initial=last_step, unit="step", disable=rank > 0)
+    with catch_signals() as signals, bar:
+        for step in range(last_step + 1, config.steps + 1):
+            # Forward and backward, over this process's micro-batches of the step.
+            bow_weight = cosine(config.bow_weight, config.bow_weight_final, step / config.steps)
+            step_losses = defaultdict(float)
+            for index in range(num_micro_batches):
+                info, batch = next(loader)
+                resume_points[info["shard"]] = info["resume_point"]
+                num_tokens += info["num_tokens"]
+
+                torch.manual_seed(info["seed"])  # so dropout depends on (seed, step, shard) only
+                # DDP averages the gradients of all processes, in the last backward pass alone.
+                ddp.require_backward_grad_sync = index == num_micro_batches - 1
+                with autocast:
+                    losses = ddp(**batch.to(device, non_blocking=True))
+                loss = losses["mlm_loss"]
+                if config.objective == "bow":
+                    loss = loss + bow_weight * losses["bow_loss"]
+                if config.objective == "enhanced":
+                    loss = loss + losses["enhanced_loss"]
+                scaler.scale(loss / num_micro_batches).backward()
+                for name, value in {"loss": loss, **losses}.items():
+                    step_losses[name] += value.detach() / num_micro_batches
+
+            # Update the weights.
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            lr = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            bar.update()
+
+            should_stop = sum_over_processes({"signals": len(signals)})["signals"] > 0
+            is_last = step == config.steps
+            should_save = is_last or should_stop or step % config.save_every == 0
+            should_evaluate = is_last or step % config.eval_every == 0
+            if not (should_save or should_evaluate or step % config.log_every == 0):
+                continue
+
+            # Log the losses of this step. Adding them up waits for the device, so that the time
+            # covers all of its work.
+            sums = sum_over_processes({**step_losses, "tokens": num_tokens})
+            record = {"step": step, "epoch": info["resume_point"]["epoch"]}
+            record |= {name: sums[name] / world_size for name in step_losses}
+            record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
+            record["tokens_per_second"] = sums["tokens"] / (time.perf_counter() - start)
+            append_metrics(config, record)
+            bar.set_postfix(loss=record["loss"], epoch=record["epoch"])
+
+            # Evaluate.
+            if should_evaluate and held_out and rank == 0:
+                metrics = {"step": step} | evaluate(model, held_out, device, autocast)
+                append_metrics(config, metrics)
+                bar.write(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+                if is_last:
+                    compare_with_frequent_terms(metrics, held_out, model.special)
+
+            # Save.
+            if should_save:
+                everyone = [None] * world_size
+                dist.all_gather_object(everyone, resume_points)
+                all_points = itertools.chain.from_iterable(own.items() for own in everyone)
+                state = {"step": step, "resume_points": dict(all_points)}
+                state |= {"files_hash": files_hash, "held_out_fraction": held_out_fraction}
+                state["decoder"] = model.decoder.state_dict()
+                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                if rank == 0:
+                    save_checkpoint(config, state, model.lm, tokenizer, config.max_length)
+            if should_stop:
+                break
+            num_tokens, start = 0, time.perf_counter()
+
+    end_run(config, step, should_stop, signals)
+
+
+def cosine(first, last, progress):
+    """From first at progress 0 to last at progress 1, along half a cosine."""
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rate(config, step):
+    """The learning rate of an optimizer step, 1 to --steps: linear warm-up, then a cosine."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return cosine(config.lr, config.lr * config.lr_final_ratio, progress)
+
+
+def build_optimizer(config, model):
+    """AdamW, with weight decay on matrices alone: biases and LayerNorm have none."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (0.9, config.adam_beta2)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def held_out_batches(config, tokenizer, texts, held_out_fraction):
+    """The first 1,024 sequences of the held-out texts, in batches of like length, masked once."""
+    texts = [text for text in texts if text_hash(text) < held_out_fraction]
+    sequences = cut_sequences(texts, tokenizer, config.max_length)[:1024]
+    sequences.sort(key=lambda sequence: len(sequence[0]))
+    batches = [sequences[start : start + 64] for start in range(0, len(sequences), 64)]
+    return [collate(batch, tokenizer, config.mask_ratio, i) for i, batch in enumerate(batches)]
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, autocast):
+    """Held-out means: masked-LM loss per masked token, L_bow and coverage per sequence."""
+    model.eval()
+    sums = Counter()
+    for batch in tqdm(batches, "evaluate", leave=False):
+        batch = batch.to(device)
+        original_ids = batch["original_ids"]
+        with autocast:
+            losses = model(**batch)
+            cls = model.encode(original_ids, batch["attention_mask"])[:, 0]  # of the unmasked text
+            coverage = term_coverage(mlm_head(model.lm, cls), original_ids, model.special)
+        sums["masked"] += len(batch["masked_positions"])
+        sums["sequences"] += len(original_ids)
+        sums["mlm_loss"] += float(losses["mlm_loss"]) * len(batch["masked_positions"])
+        sums["bow_loss"] += float(losses["bow_loss"]) * len(original_ids)
+        sums["coverage"] += float(coverage.sum())
+    model.train()
+    metrics = {"eval_mlm_loss": sums["mlm_loss"] / sums["masked"]}
+    metrics["eval_bow_loss"] = sums["bow_loss"] / sums["sequences"]
+    metrics["eval_term_coverage"] = sums["coverage"] / sums["sequences"]
+    return metrics
+
+
+def compare_with_frequent_terms(metrics, batches, special):
+    """Say so if the coverage is no better than naming the most frequent terms for every text."""
+    texts = [(batch["original_ids"], special.cpu()) for batch in batches]
+    counts = sum(bag_of_words(*text).sum(0) for text in texts)  # (V,), texts with each term
+    coverages = [term_coverage(counts.expand(len(text[0]), -1), *text) for text in texts]
+    frequent = float(torch.cat(coverages).mean())
+    if metrics["eval_term_coverage"] <= frequent:
+        print(f"note: naming the same frequent terms for every text has coverage {frequent:.4g}")
+
+
+def sum_over_processes(values):
+    """The sums over all processes of {name: number}, as Python floats."""
+    sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist(), strict=True))
+
+
+# ---- 3. Data
+
+BUFFER_TEXTS, BUFFER_CHARACTERS = 2048, 2_000_000  # of a shard, tokenized and shuffled together
+SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # for the vocabulary and the held-out texts
+FORMATS = (".jsonl", ".txt", ".parquet")  # the first two also as .gz
 OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)", re.I)
-# What readers raise where a file is malformed.
-BAD_DATA = (ValueError, TypeError, KeyError, RecursionError, OSError, EOFError, csv.Error)
-BAD_DATA += (zlib.error,)
+
+
+def make_loader(config, tokenizer, files, held_out_fraction, state):
+    """A DataLoader of this process's micro-batches, from the step after a checkpoint on."""
+    count = config.num_shards // dist.get_world_size()  # shards of each process
+    shards = range(dist.get_rank() * count, (dist.get_rank() + 1) * count)
+    stream = PretrainingStream(config, tokenizer, files, held_out_fraction, shards, state)
+    # Each worker reads its own shards, so the number of workers must divide that of the shards.
+    num_workers = math.gcd(config.workers, count) if config.workers else 0
+    # A worker makes all batches of its buffers at once: with room for two rounds, training need
+    # not wait. A buffer yields about a sequence per text, or per max_length tokens of 4 letters.
+    sequences = BUFFER_TEXTS + BUFFER_CHARACTERS // (4 * config.max_length)
+    num_batches = count * sequences // config.micro_batch_size
+    return torch.utils.data.DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=2 + 2 * num_batches // num_workers if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=init_worker,
+    )
+
+
+def init_worker(worker_id):
+    """In a data-loader worker: leave signals to the training process, and end when it has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def watch(parent):  # torch alone lets a worker wait forever on a pipe that nobody reads
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+
+
+class PretrainingStream(torch.utils.data.IterableDataset):
+    """The micro-batches of some shards of the data, one from each shard in turn, without end.
+
+    What a shard yields depends only on (data, seed, step, shard), not on the process. A micro-batch
+    comes with the point its shard resumes from, where its buffer of texts began.
+    """
+
+    def __init__(self, config, tokenizer, files, held_out_fraction, shards, state):
+        self.config, self.tokenizer, self.files = config, tokenizer, files
+        self.held_out_fraction, self.shards = held_out_fraction, shards
+        self.resume_points = state.get("resume_points", {})
+        self.first_step = state.get("step", 0) + 1
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        shards = self.shards[worker.id :: worker.num_workers] if worker else self.shards
+        for batches in itertools.cycle([self.read_shard(shard) for shard in shards]):
+            yield next(batches)
+
+    def read_shard(self, shard):
+        """Yield (info, batch) for each step from first_step on, epoch after epoch."""
+        config = self.config
+        start = {"epoch": 0, "stream": None, "step": 1}
+        resume_point = self.resume_points.get(shard, start)
+        num_empty_epochs = 0
+        while True:
+            epoch, step = resume_point["epoch"], resume_point["step"]
+            stream = open_stream(config, self.files, shard, config.num_shards, epoch)
+            if resume_point["stream"] is not None:
+                stream.load_state_dict(resume_point["stream"])
+            epoch_start = step
+            for texts, buffer_end in self.read_buffers(stream):
+                for sequences in self.make_batches(texts, shard, step):
+                    if step >= self.first_step:  # a resumed run skips batches it has trained on
+                        numbers = np.random.SeedSequence([config.seed, step, shard])
+                        mask_seed, dropout_seed = numbers.generate_state(2).tolist()
+                        num_tokens = sum(len(token_ids) for token_ids, _ in sequences)
+                        info = {"shard": shard, "resume_point": resume_point}
+                        info |= {"seed": dropout_seed, "num_tokens": num_tokens}
+                        yield info, collate(sequences, self.tokenizer, config.mask_ratio, mask_seed)
+                    step += 1
+                resume_point = {"epoch": epoch, "stream": buffer_end, "step": step}
+            num_empty_epochs = num_empty_epochs + 1 if step == epoch_start else 0
+            if num_empty_epochs == 10:  # fewer may be chance, as a shard's files change each epoch
+                message = f"--data {config.data}: no text for shard {shard} of {config.num_shards}"
+                raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
+            resume_point = {"epoch": epoch + 1, "stream": None, "step": step}
+
+    def read_buffers(self, stream):
+        """Yield (texts to train on, state of the stream after them), a buffer at a time."""
+        texts, num_characters = [], 0
+        for text in read_texts(self.config, self.files, stream):
+            if text_hash(text) >= self.held_out_fraction:
+                # A text longer than a buffer is cut, so that a book does not fill the memory.
+                starts = range(0, len(text), BUFFER_CHARACTERS)
+                texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
+                num_characters += len(text)
+            if len(texts) >= BUFFER_TEXTS or num_characters >= BUFFER_CHARACTERS:
+                yield texts, stream.state_dict()
+                texts, num_characters = [], 0
+        if texts:
+            yield texts, stream.state_dict()
+
+    def make_batches(self, texts, shard, buffer_step):
+        """Yield a buffer's batches, each of sequences of like length, in a random order."""
+        config = self.config
+        sequences = cut_sequences(texts, self.tokenizer, config.max_length)
+        if not sequences:
+            return
+        order = np.random.default_rng([config.seed, shard, buffer_step]).permutation(len(sequences))
+        sequences = sorted((sequences[i] for i in order), key=lambda sequence: len(sequence[0]))
+        count = math.ceil(len(sequences) / config.micro_batch_size)
+        bounds = [len(sequences) * i // count for i in range(count + 1)]
+        batches = [sequences[start:end] for start, end in itertools.pairwise(bounds)]
+        for step in range(buffer_step, buffer_step + count):
+            # All shards use the same draw, so that their batches are of like length and no process
+            # waits for another.
+            draw = np.random.default_rng([config.seed, step]).random()
+            yield batches.pop(int(draw * len(batches)))
+
+
+def cut_sequences(texts, tokenizer, max_length):
+    """Cut texts into sequences of at most max_length tokens, [CLS] and [SEP] included.
+
+    Returns a list of (token_ids, word_ids), L integers each; word_ids count the words of the
+    sequence from 1, with 0 at special tokens. Sequences without a word are left out.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts, truncation=True, max_length=max_length, return_overflowing_tokens=True
+    )
+    special = set(tokenizer.all_special_ids)
+    sequences = []
+    for index, token_ids in enumerate(encoded["input_ids"]):
+        numbers = encoded.word_ids(index)  # of words in the text, None at special tokens
+        own = [number for number in numbers if number is not None]
+        if own and not special.issuperset(token_ids):
+            word_ids = [0 if number is None else number - own[0] + 1 for number in numbers]
+            sequences.append((token_ids, word_ids))
+    return sequences
+
+
+def collate(sequences, tokenizer, mask_ratio, seed):
+    """The arguments of `BowMAE.forward` for B sequences, padded to the longest, and masked."""
+    pad = nn.utils.rnn.pad_sequence
+    token_ids = [torch.tensor(token_ids) for token_ids, _ in sequences]
+    attention_mask = pad([torch.ones_like(row) for row in token_ids], batch_first=True)  # (B, L)
+    original_ids = pad(token_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+    word_ids = pad([torch.tensor(word_ids) for _, word_ids in sequences], batch_first=True)
+    generator = torch.Generator().manual_seed(seed)
+    input_ids, chosen = whole_word_mask(original_ids, word_ids, tokenizer, mask_ratio, generator)
+    is_word = ~special_ids(tokenizer, len(tokenizer))[original_ids]  # (B, L)
+    batch = {"original_ids": original_ids, "input_ids": input_ids}
+    # Given a mask, transformers looks for padding in it, which synchronizes the GPU.
+    batch["attention_mask"] = None if attention_mask.all() else attention_mask
+    batch["masked_positions"] = chosen.flatten().nonzero().squeeze(1)  # (M,)
+    batch["word_positions"] = is_word.flatten().nonzero().squeeze(1)  # (N,)
+    return BatchEncoding(batch)
+
+
+def text_hash(text):
+    """A number in [0, 1) that depends on the text alone."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
+def read_texts(config, files, stream):
+    """Yield the text of each record of a stream: its columns, joined by a space.
+
+    A record without text is skipped; UserError shows one that is malformed or lacks a column.
+    """
+    is_jsonl = bool(files) and file_format(files[0]) == ".jsonl"
+    record = None
+    try:
+        for row in stream.iter(batch_size=1):  # plain iteration would split a worker's shard again
+            record = {name: values[0] for name, values in row.items()}
+            if is_jsonl:
+                line = record["text"]
+                record = json.loads(line) if line.strip() else dict.fromkeys(config.text_columns)
+            values = [record[column] for column in config.text_columns]
+            text = " ".join(value for value in values if value not in (None, "")).strip()
+            if text:
+                yield text.encode(errors="replace").decode()  # JSON may hold half a surrogate pair
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zlib.error) as error:
+        reason = f"{type(error).__name__}: {short_reason(error)}, in or after {str(record)[:100]}"
+        raise UserError(f"--data {config.data}: {reason}") from error
+
+
+def open_stream(config, files, shard=0, num_shards=1, epoch=0):
+    """The records of one shard of --data in one epoch, as an IterableDataset of `datasets`.
+
+    If there are enough files, a shard has its own; otherwise it keeps one record in num_shards.
+    """
+    if files:  # in another order each epoch, so that epochs do not all end on the same kind of text
+        files = np.random.default_rng([config.seed, epoch]).permutation(files).tolist()
+    if config.data == "python-docs":
+        stream = python_docs().to_iterable_dataset(num_shards)
+    elif files and file_format(files[0]) == ".parquet":
+        stream = datasets.load_dataset(
+            "parquet", data_files=files, columns=config.text_columns, split="train", streaming=True
+        )
+    elif files:
+        stream = datasets.load_dataset(
+            "text", data_files=files, encoding="utf-8-sig", split="train", streaming=True
+        )
+    else:
+        name, subset, split = (config.data.split(":") + ["", ""])[:3]
+        stream = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+        stream.set_epoch(epoch)
+    if stream.num_shards >= num_shards:
+        return stream.shard(num_shards, shard, contiguous=False)
+    return split_dataset_by_node(stream, rank=shard, world_size=num_shards)
+
+
+def file_format(path):
+    """The ending that tells a file's format: ".jsonl" of a.jsonl and of a.jsonl.gz."""
+    return Path(str(path).removesuffix(".gz")).suffix
+
+
+def list_files(config):
+    """The files of --data, all of one format; [] for python-docs and for a hub dataset."""
+    path, output = Path(config.data), Path(config.output)
+    corpora = [*path.glob("corpus.jsonl"), *path.glob("corpus.jsonl.gz")]
+    if corpora:  # BEIR's layout
+        files = corpora[:1]
+    elif path.is_dir():
+        if output.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--output {output} lies inside --data {path}: use another folder")
+        found = [file for file in path.rglob("*") if file.is_file()]
+        files = [file for file in found if file_format(file) in FORMATS and file.stat().st_size]
+        files = [file for file in files if not OTHER_FILES.search(str(file.relative_to(path)))]
+        reasons = "are left out: hidden, empty, of another format, or of a test or validation split"
+        print_once(f"{len(files)} files of {path} are read; {len(found) - len(files)} {reasons}")
+    else:
+        files = [Path(file) for file in glob.glob(config.data, recursive=True)]
+        if not files and not glob.has_magic(config.data) and file_format(path) not in FORMATS:
+            return []
+    formats = {file_format(file) for file in files}
+    if len(formats) != 1 or not formats <= {*FORMATS}:
+        found = " and ".join(sorted(formats)) or "no file"
+        raise UserError(f"--data {config.data}: found {found}, need one of {' '.join(FORMATS)}")
+    return sorted(map(str, files))
+
+
+def sample_texts(config, files):
+    """Texts from the start of up to 64 files, and the fraction of all texts to hold out."""
+    try:
+        count = min(open_stream(config, files).num_shards, 64)
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"is no file, and no dataset that can be read: {short_reason(error)}"
+        raise UserError(f"--data {config.data} {reason}") from error
+    texts = []
+    for shard in range(count):
+        stream, num_characters = open_stream(config, files, shard, count), 0
+        for text in itertools.islice(read_texts(config, files, stream), SAMPLE_TEXTS // count):
+            texts.append(text)
+            num_characters += len(text)
+            if num_characters >= SAMPLE_CHARACTERS // count:
+                break
+    if not texts:
+        raise UserError(f"--data {config.data} has no text")
+    if len(texts) < 100:
+        print_once(f"note: nothing is held out, as there are only {len(texts)} texts")
+        return texts, 0.0
+    return texts, float(np.clip(100 / len(texts), 1 / 1000, 1 / 10))
+
+
 PACKAGES = "pandas numpy networkx transformers torch sympy datasets huggingface_hub"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # for the vocabulary and the held-out texts
-BUFFER_TEXTS, BUFFER_CHARACTERS = 2048, 2_000_000  # of a shard, tokenised and shuffled together
+
+
+@functools.cache
+def python_docs():
+    """Some 24,000 rows of _id, query and text, no two of them equal, shuffled.
+
+    The cache of `datasets` has a lock: one process builds the corpus while the others wait.
+    """
+    print_once("building the corpus python-docs, or reading it from the cache")
+    versions = {name: metadata.version(name) for name in PACKAGES.split()}
+    arguments = {"versions": {"python": sys.version} | versions}
+    cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
+    gc.freeze()  # otherwise each garbage collection rescans torch's objects: 3 times slower
+    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs=arguments, cache_dir=cache)
+    gc.unfreeze()
+    table = rows.to_pandas().drop_duplicates("_id").drop_duplicates("text")
+    table = table.drop_duplicates("query", keep=False)
+    table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
+    return datasets.Dataset.from_pandas(table, rows.features, preserve_index=False)
 
 
 def docstrings(versions):
-    """Yield _id (a name), query (first paragraph), text (the rest) of packages' docstrings."""
-    for package in versions:  # {name: version}; a new version makes the cache build anew
+    """Yield _id (a name), query (first paragraph) and text (the rest) of packages' docstrings."""
+    for package in versions:  # {package: version}, as new versions must not use an old cache
         root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
             parts = [package, *path.relative_to(root).with_suffix("").parts]
@@ -314,449 +807,88 @@ def docstrings(versions):
                     yield {"_id": name, "query": " ".join(query.split()), "text": text.strip()}
 
 
-@functools.cache
-def python_docs():
-    """Some 24,000 rows of _id, query and text, no two of them equal, shuffled.
+# ---- 4. Tokenizer and model
 
-    One process builds them, while the lock of the cache of `datasets` makes the others wait.
-    """
-    print_once("building the corpus python-docs, or reading it from the cache")
-    versions = {name: metadata.version(name) for name in PACKAGES.split()}
-    arguments = {"versions": {"python": sys.version} | versions}
-    cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
-    gc.freeze()  # else every collection looks at all of torch again: three times slower
-    rows = datasets.Dataset.from_generator(docstrings, gen_kwargs=arguments, cache_dir=cache)
-    gc.unfreeze()
-    table = rows.to_pandas().drop_duplicates("_id").drop_duplicates("text")
-    table = table.drop_duplicates("query", keep=False)
-    table = table.sort_values("text", key=lambda texts: texts.map(text_hash), kind="stable")
-    return datasets.Dataset.from_pandas(table, rows.features, preserve_index=False)
-
-
-def text_hash(text):
-    """A number in [0, 1) that is a function of the text alone."""
-    return zlib.crc32(text.encode()) / 2**32
-
-
-def file_format(path):
-    """The ending that tells the format of a file: ".jsonl" of a.jsonl and of a.jsonl.gz."""
-    path = Path(path)
-    inner = Path(path.stem).suffix.lower()
-    is_packed = path.suffix == ".gz" and inner in FORMATS[:-1]
-    return inner if is_packed else path.suffix.lower()
-
-
-def is_path(name):
-    """Whether a --model or --data must be a path; any other may be a name of the hub, as a/b is."""
-    path = Path(name)
-    in_folder = len(path.parts) == 2 and path.parent.is_dir()
-    is_file = path.exists() or file_format(path) in FORMATS
-    return is_file or in_folder or len(path.parts) > 2 or name[0] in "./"
-
-
-def list_folder(folder):
-    """The files of a folder to train on; the number of the others is printed.
-
-    Left out are hidden and empty files, those whose names tell of a test or validation split, and
-    what our own runs have left there.
-    """
-    everything = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    runs = {path.parent for path in everything if path.name == "run.json"}
-    files = [path for path in everything if file_format(path) in FORMATS]
-    files = [path for path in files if not runs & {*path.parents}]
-    files = [path for path in files if not OTHER_FILES.search(str(path.relative_to(folder)))]
-    files = [path for path in files if path.is_file() and path.stat().st_size]
-    corpora = [path.parent for path in files if path.name in CORPORA]
-    if corpora:
-        raise UserError(f"--data {folder} holds a corpus: give {corpora[0]}, or a glob of files")
-    if len(files) < len(everything):
-        kinds = "empty, hidden, a link to a folder, of another format, of a test split, of a run"
-        count = len(everything) - len(files)
-        print_once(f"note: {len(files)} files are read; {count} are not ({kinds})")
-    return files
-
-
-def list_files(data):
-    """The files of --data, of one format; [] for python-docs, a saved dataset, or a hub name."""
-    if not data:
-        raise UserError("--data is empty")
-    path = Path(data)
-    corpora = [path / name for name in CORPORA if (path / name).is_file()]
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return []  # a saved dataset
-    if corpora:  # of BEIR or MS MARCO, without their queries and judgements
-        files = corpora[:1]
-    elif path.is_dir():
-        files = list_folder(path)
-    elif is_path(data) or glob.has_magic(data):
-        files = [path] if path.is_file() else map(Path, glob.glob(data, recursive=True))
-    else:
-        return []  # python-docs, or a hub name
-    files = [file for file in files if file.is_file() and file.stat().st_size]
-    if not files and not path.exists():
-        raise UserError(f"--data {data}: no such file or folder")
-    formats = " and ".join(sorted({file_format(file) for file in files})) or "no file with content"
-    if formats not in FORMATS:
-        raise UserError(f"--data {data}: found {formats}; give one format of {' '.join(FORMATS)}")
-    contents = Counter(os.path.realpath(file).removesuffix(".gz") for file in files)
-    content, count = contents.most_common(1)[0]
-    if count > 1:
-        raise UserError(f"--data {data} has {content} twice, as .gz or as a link")
-    return sorted(map(str, files))
-
-
-def list_pieces(config, files, num_shards=1, epoch=None):
-    """The parts of the data that can be read alone, as (name, source, part).
-
-    The part is a row group of .parquet, (count, i) of a dataset, None of any other file. Each epoch
-    has another order, but for python-docs and saved datasets, whose shards are ranges of rows.
-    """
-    pieces = []
-    for file in files:
-        if file_format(file) == ".parquet":
-            parquet = pyarrow.parquet.read_metadata(file)
-            names = parquet.schema.to_arrow_schema().names
-            if set(names).isdisjoint(config.text_columns):
-                asked = " ".join(config.text_columns)
-                raise UserError(f"{file} has the columns {sorted(names)}, not {asked}")
-            parts = [i for i in range(parquet.num_row_groups) if parquet.row_group(i).num_rows]
-            pieces += [(f"{file}, row group {part}", file, part) for part in parts]
-        else:
-            pieces.append((file, file, None))
-    name, subset, split = (config.data.split(":") + ["", ""])[:3]
-    if Path(config.data).is_dir():  # a saved dataset, whose path may hold a colon
-        name, subset, split = config.data, "", ""
-    if not files and (name == "python-docs" or Path(name).is_dir()):
-        if subset or split:
-            raise UserError(f"--data {config.data}: only a hub dataset has :config:split")
-        table = python_docs() if name == "python-docs" else datasets.load_from_disk(name)
-        table = table["train"] if isinstance(table, datasets.DatasetDict) else table
-        count = min(num_shards, len(table))
-        return [(f"{name}, part {i}", table, (count, i)) for i in range(count)]
-    if not files:
-        options = {"split": split or "train", "streaming": True}
-        stream = datasets.load_dataset(name, subset or None, **options)
-        count = stream.num_shards
-        pieces = [(f"{name}, part {i}", stream, (count, i)) for i in range(count)]
-    if epoch is not None:
-        np.random.default_rng([config.seed, epoch]).shuffle(pieces)
-    return pieces
-
-
-def parse_line(line, kind):
-    """The record of a line of bytes of a .txt, .tsv (an _id and a text) or JSON lines file."""
-    text = line.decode("utf-8-sig").rstrip("\r\n")
-    if kind == ".tsv":
-        _, tab, text = text.partition("\t")
-        if not tab:
-            raise ValueError("no tab between an _id and a text")
-    if kind in (".tsv", ".txt"):
-        return {"text": text}
-    if not text.lstrip().startswith("{"):
-        raise ValueError("not one object {...} a line: convert it to JSON lines")
-    return json.loads(text)
-
-
-def read_tables(source, part, columns):
-    """Yield (number, row) of a row group of a .parquet file, or of a part of a dataset."""
-    if isinstance(part, int):
-        tables = pyarrow.parquet.ParquetFile(source).iter_batches(1000, [part], columns)
-    else:
-        dataset = source.select_columns(columns) if columns else source
-        tables = dataset.shard(*part).with_format("arrow").iter(1000)
-    first = 1
-    for table in tables:
-        # Only the names of the columns: values that nobody asks for may not convert to Python.
-        rows = table.to_pylist() if columns else [dict.fromkeys(table.schema.names)] * len(table)
-        yield from enumerate(rows, first)
-        first += len(rows)
-
-
-def read_lines(file, kind):
-    """Yield (line number, row) of a .csv file, (line number, line of bytes) of any other."""
-    with (gzip.open if str(file).endswith(".gz") else open)(file, "rb") as lines:
-        if kind == ".csv":
-            csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
-            rows = csv.DictReader((line.decode("utf-8-sig") for line in lines), strict=True)
-            for row in rows:
-                yield rows.line_num, row
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line
-
-
-def read_records(piece, first=0, stride=1, columns=None):
-    """Yield (line number, record) of every stride-th record of a piece, from the first on."""
-    name, source, part = piece
-    number, kind = 0, file_format(name)
-    try:
-        lines = read_lines(source, kind) if part is None else read_tables(source, part, columns)
-        for number, line in itertools.islice(lines, first, None, stride):
-            if number == 1 and kind == ".tsv" and line.split(b"\t")[0] in TSV_HEADERS:
-                raise ValueError("a header: remove it, or make it .csv")
-            record = parse_line(line, kind) if isinstance(line, bytes) else line
-            if None in record or kind == ".csv" and None in record.values():
-                raise ValueError("more or fewer fields than the header names")
-            yield number, record
-    except BAD_DATA as error:
-        place = "after line" if kind == ".csv" else "line"
-        raise UserError(f"{name}, {place} {number}: {error}") from error
-
-
-def read_texts(config, files, shard=0, num_shards=1, epoch=None, data_position=(0, 0)):
-    """Yield (data position, text) of one shard of --data: the --text_columns joined by a space.
-
-    A shard reads pieces of its own where there are enough of them; else it reads all, and keeps one
-    record in num_shards. A data position is (piece, records read of it): where to go on.
-    """
-    columns = config.text_columns
-    pieces = list_pieces(config, files, num_shards, epoch)
-    if len(pieces) >= num_shards:
-        pieces, shard, num_shards = pieces[shard::num_shards], 0, 1
-    start, done = data_position
-    for index in range(start, len(pieces)):
-        name = pieces[index][0]
-        # Which shard gets the first record depends on the name: else small pieces feed shard 0.
-        offset = zlib.crc32(os.fsencode(Path(name).name))
-        first = (shard + offset) % num_shards + done * num_shards
-        for number, record in read_records(pieces[index], first, num_shards, columns):
-            if record.keys().isdisjoint(columns):
-                raise UserError(f"{name}, line {number}: no {' or '.join(columns)}")
-            values = [record[column] for column in columns if record.get(column) is not None]
-            if not all(isinstance(value, str) for value in values):
-                reason = f"{values!r:.80} in {' '.join(columns)} is not text"
-                raise UserError(f"{name}, line {number}: {reason}")
-            text = " ".join(value for value in values if value).strip()
-            done += 1
-            yield (index, done), text.encode(errors="replace").decode()  # no lone surrogate
-        done = 0
-
-
-def sample_texts(config, files):
-    """The texts at the start of --data, and the share to hold out: some 100, at most 1 in 10."""
-    found = set()  # the columns of the first records
-    try:
-        records = itertools.chain.from_iterable(map(read_records, list_pieces(config, files)))
-        for _, record in itertools.islice(records, 100):
-            found |= record.keys()
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"--data {config.data}: {short_reason(error)}") from error
-    if not set(config.text_columns) <= found:
-        asked = " ".join(config.text_columns)
-        raise UserError(f"--data {config.data} has the columns {sorted(found)}, not {asked}")
-    unread = found.difference(config.text_columns)
-    if unread:
-        print_once(f"columns that --text_columns leaves out: {' '.join(sorted(unread))}")
-    texts, num_characters = [], 0
-    for _, text in read_texts(config, files):
-        texts.append(text)
-        num_characters += len(text)
-        if len(texts) == SAMPLE_TEXTS or num_characters >= SAMPLE_CHARACTERS:
-            break
-    if len(texts) < 100:
-        print_once(f"note: nothing is held out, as there are only {len(texts)} texts")
-        return texts, 0.0
-    return texts, float(np.clip(100 / len(texts), 1 / 1000, 1 / 10))
-
-
-# ---- data: batches
-
-
-def special_ids(tokenizer, vocab_size):
-    """(V,) bool, true for ids that are no words: special tokens, and ids the tokenizer lacks."""
-    special = torch.arange(vocab_size) >= len(tokenizer)
-    special[tokenizer.all_special_ids] = True
-    return special
-
-
-def cut_sequences(texts, tokenizer, max_length):
-    """Cut texts into sequences of at most max_length tokens, [CLS] and [SEP] included.
-
-    Returns a list of (token_ids, word_ids), L integers each; word_ids count the words of the
-    sequence from 1, with 0 at special tokens. Sequences without a word are left out.
-    """
-    cut = {"truncation": True, "max_length": max_length, "return_overflowing_tokens": True}
-    special = set(tokenizer.all_special_ids)
-    sequences = []
-    encoded = tokenizer(texts, **cut) if texts else {"input_ids": []}
-    for index, token_ids in enumerate(encoded["input_ids"]):
-        if not special.issuperset(token_ids):
-            numbers = encoded.word_ids(index)  # None at special tokens
-            first = min((number for number in numbers if number is not None), default=None)
-            if first is None:  # no word, but tokens that the tokenizer adds
-                continue
-            word_ids = [0 if number is None else number - first + 1 for number in numbers]
-            sequences.append((token_ids, word_ids))
-    return sequences
-
-
-def collate(sequences, tokenizer, mask_ratio, seed):
-    """The arguments of `BowMAE.forward` for B sequences, padded to the longest, and masked."""
-    pad = nn.utils.rnn.pad_sequence
-    token_ids = [torch.tensor(token_ids) for token_ids, _ in sequences]
-    attention_mask = pad([torch.ones_like(row) for row in token_ids], batch_first=True)  # (B, L)
-    original_ids = pad(token_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-    word_ids = pad([torch.tensor(word_ids) for _, word_ids in sequences], batch_first=True)
-    generator = torch.Generator().manual_seed(seed)
-    input_ids, chosen = whole_word_mask(original_ids, word_ids, tokenizer, mask_ratio, generator)
-    is_word = ~special_ids(tokenizer, len(tokenizer))[original_ids]  # (B, L)
-    batch = {"original_ids": original_ids, "input_ids": input_ids}
-    # None where nothing is padded: else the GPU waits while the model looks for padding.
-    batch["attention_mask"] = None if attention_mask.all() else attention_mask
-    batch["masked_positions"] = chosen.flatten().nonzero().squeeze(1)  # (M,)
-    batch["word_positions"] = is_word.flatten().nonzero().squeeze(1)  # (N,)
-    return BatchEncoding(batch)
-
-
-class PretrainingStream(torch.utils.data.IterableDataset):
-    """The micro-batches of some shards of the data, one of each shard in turn, without end.
-
-    What a shard yields depends only on (data, seed, step, shard), not on the process. A micro-batch
-    comes with the point from which its shard resumes: the epoch, the data position where its buffer
-    of texts begins, and the step of that buffer's first batch.
-    """
-
-    def __init__(self, config, tokenizer, files, held_out_share, shards, state):
-        self.config, self.tokenizer, self.files = config, tokenizer, files
-        self.held_out_share, self.shards = held_out_share, shards
-        self.resume_points = state.get("resume_points", {})
-        self.first_step = state.get("step", 0) + 1
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        shards = self.shards[worker.id :: worker.num_workers] if worker else self.shards
-        for reader in itertools.cycle([self.read_shard(shard) for shard in shards]):
-            yield next(reader)
-
-    def read_shard(self, shard):
-        """Yield (info, batch) for each step from first_step on."""
-        config = self.config
-        epoch, data_position, step = self.resume_points.get(shard, (0, (0, 0), 1))
-        num_empty = 0  # epochs, one after another
-        while True:
-            epoch_start = step
-            where = (shard, config.num_shards, epoch, data_position)
-            for texts, buffer_end in self.read_buffers(read_texts(config, self.files, *where)):
-                resume_point = (epoch, data_position, step)
-                for sequences in self.make_batches(texts, shard, step):
-                    if step >= self.first_step:  # a resumed run skips batches it has trained on
-                        numbers = np.random.SeedSequence([config.seed, step, shard])
-                        mask_seed, dropout_seed = numbers.generate_state(2).tolist()
-                        info = {"shard": shard, "resume_point": resume_point, "seed": dropout_seed}
-                        info["num_tokens"] = sum(len(token_ids) for token_ids, _ in sequences)
-                        yield info, collate(sequences, self.tokenizer, config.mask_ratio, mask_seed)
-                    step += 1
-                data_position = buffer_end
-            num_empty = num_empty + 1 if step == epoch_start else 0
-            if num_empty == 10:  # fewer may be chance: in each, a shard has other files
-                message = f"--data {config.data}: no text for shard {shard} of {config.num_shards}"
-                raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
-            epoch, data_position = epoch + 1, (0, 0)
-
-    def read_buffers(self, positions_and_texts):
-        """Yield (texts to train on, data position after them), as many as a buffer takes."""
-        texts, num_characters, data_position = [], 0, None
-        for data_position, text in positions_and_texts:
-            if text_hash(text) >= self.held_out_share:
-                # A text longer than a buffer is cut, so that a book does not fill memory.
-                starts = range(0, len(text), BUFFER_CHARACTERS)
-                texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
-                num_characters += len(text)
-            if len(texts) >= BUFFER_TEXTS or num_characters >= BUFFER_CHARACTERS:
-                yield texts, data_position
-                texts, num_characters = [], 0
-        if texts:
-            yield texts, data_position
-
-    def make_batches(self, texts, shard, first_step):
-        """Yield the batches of a buffer, of sequences of like length, in a random order."""
-        config = self.config
-        sequences = cut_sequences(texts, self.tokenizer, config.max_length)
-        if not sequences:
-            return
-        order = np.random.default_rng([config.seed, shard, first_step]).permutation(len(sequences))
-        sequences = sorted((sequences[i] for i in order), key=lambda sequence: len(sequence[0]))
-        count = math.ceil(len(sequences) / config.micro_batch_size)
-        bounds = [len(sequences) * i // count for i in range(count + 1)]
-        batches = [sequences[start:end] for start, end in itertools.pairwise(bounds)]
-        for step in range(first_step, first_step + count):
-            # The same draw for all shards: their batches are of like length, and no process waits.
-            draw = np.random.default_rng([config.seed, step]).random()
-            yield batches.pop(int(draw * len(batches)))
-
-
-def init_worker(worker_id):
-    """In a data-loader process: leave signals to the training process, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=exit_with, args=[os.getppid()], daemon=True).start()
-
-
-def exit_with(parent):
-    """End this process when its parent has ended: else it waits for ever to hand on its batches."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def to_arrays(item):
-    """A micro-batch as arrays: a worker would pass each tensor by a file, which is slower."""
-    info, batch = item
-    return info, {name: None if rows is None else rows.numpy() for name, rows in batch.items()}
-
-
-def fetch_ahead(items, count):
-    """Yield items in order, while a thread fetches the next ones, and keeps `count` of them.
-
-    The pipe from a worker holds one or two, and the worker does not fill it while it tokenises.
-    """
-    thread = ThreadPoolExecutor(1)
-    upcoming = deque(thread.submit(next, items) for _ in range(count))
-    try:
-        while True:
-            yield upcoming.popleft().result()
-            upcoming.append(thread.submit(next, items))
-    finally:
-        thread.shutdown(cancel_futures=True)
-
-
-def make_loader(config, tokenizer, files, held_out_share, state):
-    """Yield the micro-batches of this process's shards, from the step after a checkpoint on."""
-    share = config.num_shards // dist.get_world_size()
-    shards = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    stream = PretrainingStream(config, tokenizer, files, held_out_share, shards, state)
-    num_workers = math.gcd(config.workers, share) if config.workers else 0
-    options = {"num_workers": num_workers, "worker_init_fn": init_worker, "collate_fn": to_arrays}
-    if num_workers:
-        # A worker makes the batches of a buffer at once: with room for two, training need not wait.
-        sequences = BUFFER_TEXTS + BUFFER_CHARACTERS // (4 * config.max_length)
-        batches = math.ceil(sequences / config.micro_batch_size)
-        options["prefetch_factor"] = min(2 * batches * share // num_workers, 10_000)
-    items = iter(torch.utils.data.DataLoader(stream, batch_size=None, **options))
-    if num_workers:
-        items = fetch_ahead(items, 64)
-    for info, arrays in items:
-        yield info, BatchEncoding(torch.utils.data.default_convert(arrays))
-
-
-# ---- tokenizer and model
-
-FRESH_MODELS = {  # layers, width, size of the vocabulary
-    "tiny": (2, 128, 2048),
-    "mini": (4, 256, 8192),
-    "small": (4, 512, 16384),
-    "base": (12, 768, 30522),
+FRESH_MODELS = {  # layers, width, size of the vocabulary, peak learning rate
+    "tiny": (2, 128, 2048, 2e-3),
+    "mini": (4, 256, 8192, 1e-3),
+    "small": (4, 512, 16384, 5e-4),
+    "base": (12, 768, 30522, 3e-4),
 }
 
 
-def learn_tokenizer(config, texts):
-    """An uncased WordPiece tokenizer, its vocabulary learnt from texts, the same at every call.
+def prepare_model(config, checkpoint, texts):
+    """The tokenizer and `BowMAE` of a checkpoint or of --model, or new ones of this --seed."""
+    torch.manual_seed(config.seed)
+    if checkpoint is None and config.model in FRESH_MODELS:
+        print_once(f"learning the vocabulary from {len(texts):,} texts")
+        tokenizer = learn_tokenizer(config, texts)
+        lm = fresh_lm(config, tokenizer)
+    else:
+        tokenizer, lm = load_masked_lm(checkpoint or config.model, config.max_length)
+    if config.max_length <= 128 and not torch.cuda.is_available():
+        lm.set_attn_implementation("eager")  # a CPU's fused attention is slow in the backward pass
+    special = special_ids(tokenizer, lm.config.vocab_size)
+    return tokenizer, BowMAE(lm, special, config.objective, config.max_length)
 
-    The alphabet covers 99.95 % of the characters; where it takes over half of the vocabulary, as
-    in Chinese, the vocabulary grows to twice the alphabet. Accents and vowel signs are kept.
+
+def load_masked_lm(source, max_length):
+    """The tokenizer and masked LM of a folder or hub name; UserError if a trial shows it unfit."""
+    tokenizer = load_tokenizer(source)
+    try:
+        lm, report = AutoModelForMaskedLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+        input_ids = torch.tensor([[tokenizer.mask_token_id, len(tokenizer) - 1] * 4])  # (1, 8)
+        logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (1, 8, V)
+        torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
+        logits.sum().backward()
+        unused = [name for name, weight in lm.named_parameters() if weight.grad is None]
+        for name in [*report["missing_keys"], *unused]:
+            raise ValueError(f"{name} is missing or gets no gradient")
+    except Exception as error:  # damaged or unfit models raise all kinds of exceptions
+        heads = "BERT, RoBERTa, DistilBERT or ModernBERT"
+        reason = f"is damaged, or is no masked LM with a head of {heads}: {short_reason(error)}"
+        raise UserError(f"--model {source} {reason}") from error
+    lm.zero_grad()
+    check_length(source, lm, tokenizer, max_length)
+    return tokenizer, lm
+
+
+def load_tokenizer(source):
+    """The tokenizer of a model's folder or hub name; UserError if it is unfit."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
+    has_words = len(tokenizer) > len(tokenizer.all_special_ids)  # no files make an empty one
+    has_tokens = tokenizer.is_fast and None not in (tokenizer.mask_token, tokenizer.pad_token)
+    starts_with_cls = tokenizer("a")["input_ids"][:1] == [tokenizer.cls_token_id]
+    has_gaps = max(tokenizer.get_vocab().values()) >= len(tokenizer)
+    if has_gaps or not (has_words and has_tokens and starts_with_cls):
+        needs = "be fast, have words, [MASK] and [PAD], put [CLS] first, and have ids without gaps"
+        raise UserError(f"--model {source}: its tokenizer must {needs}")
+    return tokenizer
+
+
+@torch.no_grad()
+def check_length(source, lm, tokenizer, max_length):
+    """UserError if the encoder cannot read sequences of max_length tokens."""
+    try:
+        lm.base_model(torch.full((1, max_length), tokenizer.mask_token_id))
+    except (IndexError, RuntimeError) as error:
+        limit = getattr(lm.config, "max_position_embeddings", "not known")
+        reason = f"{max_length} tokens (its max_position_embeddings is {limit})"
+        raise UserError(f"--model {source} cannot read sequences of {reason}") from error
+
+
+def learn_tokenizer(config, texts):
+    """An uncased WordPiece tokenizer learnt from texts; the same texts give the same vocabulary.
+
+    Its alphabet covers 99.95 % of the characters, accents and vowel signs included. Where that
+    takes over half of the vocabulary, as in Chinese, the vocabulary grows to twice the alphabet.
     """
-    # Words of over 100 letters, as in base64, are [UNK] anyway, and would hold up the training.
+    # Words of over 100 letters, as in base64, become [UNK] anyway and would take hours to learn.
     texts = [re.sub("[A-Za-z0-9]{101,}", " ", text) for text in texts]
     wordpiece = BertWordPieceTokenizer(strip_accents=False, lowercase=True)
     counts = Counter()
@@ -766,135 +898,54 @@ def learn_tokenizer(config, texts):
     characters = sorted(counts, key=lambda character: (-counts[character], character))
     covered = np.cumsum([counts[character] for character in characters]) / counts.total()
     alphabet = characters[: int(np.searchsorted(covered, 0.9995)) + 1]
-    # A character that always stands alone, as a Chinese one does, continues no word.
+    # A character that always stands alone, as a Chinese one does, never continues a word.
     split = wordpiece.pre_tokenizer.pre_tokenize_str
     inner = [f"##{c}" for c in alphabet if len(split(wordpiece.normalize(f"a{c}a"))) == 1]
     size = FRESH_MODELS[config.model][2]
     if len(alphabet) + len(inner) > size / 2:
         size = 2 * (len(alphabet) + len(inner))
-    # The trainer numbers new pieces in the order of a random hash. Once all characters are given,
-    # and all that continue a word, the vocabulary is a function of the texts.
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner]
-    options = {"special_tokens": special, "show_progress": False}
-    options |= {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet)}
-    wordpiece.train_from_iterator(texts, vocab_size=size, **options)
-    # Made again of the vocabulary, it adds [CLS] and [SEP], and no piece is a special token.
+    # The trainer numbers new pieces in the order of a random hash. Given all characters, and all
+    # that continue a word, it finds no new ones, so that the vocabulary depends on the texts alone.
+    wordpiece.train_from_iterator(
+        texts,
+        vocab_size=size,
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    # Rebuild it from the vocabulary, so that it adds [CLS] and [SEP] and no piece is special.
     wordpiece = BertWordPieceTokenizer(wordpiece.get_vocab(), strip_accents=False)
-    backend = Tokenizer.from_str(wordpiece.to_str())
-    options = {"strip_accents": False, "model_max_length": max(512, config.max_length)}
-    return transformers.BertTokenizerFast(tokenizer_object=backend, **options)
+    backend, longest = Tokenizer.from_str(wordpiece.to_str()), max(512, config.max_length)
+    return transformers.BertTokenizerFast(
+        tokenizer_object=backend, strip_accents=False, model_max_length=longest
+    )
 
 
 def fresh_lm(config, tokenizer):
-    """A new BERT of --model's size, with larger weights than BERT's 0.02, for a short run."""
-    layers, width, _ = FRESH_MODELS[config.model]
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 4 * width}
-    sizes |= {"num_hidden_layers": layers, "num_attention_heads": width // 64}
-    sizes |= {"max_position_embeddings": max(512, config.max_length)}
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    bert = BertConfig(**sizes, **no_dropout, initializer_range=0.05)  # its padding id is 0, too
+    """A new BERT of --model's size, without dropout."""
+    layers, width, _, _ = FRESH_MODELS[config.model]
+    # tiny's weights begin larger than BERT's 0.02, so that a short run suffices. At the same 0.05
+    # wider models never learn more than word frequencies, so it falls with the width.
+    bert = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        max_position_embeddings=max(512, config.max_length),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.05 * math.sqrt(128 / width),
+    )
     return AutoModelForMaskedLM.from_config(bert)
 
 
-def load_tokenizer(source):
-    """The tokenizer of a model's folder or hub name; UserError if it cannot serve."""
-    if is_path(source) and not Path(source).is_dir():
-        raise UserError(f"--model {source}: no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
-    except Exception as error:  # tokenizers raises nothing more exact
-        raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of no file
-        raise UserError(f"--model {source} has no tokenizer files")
-    is_unfit = not tokenizer.is_fast or None in (tokenizer.mask_token, tokenizer.pad_token)
-    is_unfit = is_unfit or tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id
-    if is_unfit or max(tokenizer.get_vocab().values()) >= len(tokenizer):
-        reasons = "is not fast, lacks [MASK] or [PAD], puts no [CLS] first, or its ids have gaps"
-        raise UserError(f"--model {source}: its tokenizer {reasons}")
-    return tokenizer
+# ---- 5. Checkpoints and logs
 
-
-def trial_ids(tokenizer, length):
-    """Ids (2, L) to try a model with: the last may be padding, to which RoBERTa gives no place."""
-    return torch.tensor([[tokenizer.mask_token_id], [len(tokenizer) - 1]]).repeat(1, length)
-
-
-def load_masked_lm(source, tokenizer, max_length, dtype=torch.float32):
-    """The masked LM of a folder or hub name; UserError if a trial in this dtype shows it unfit."""
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    try:
-        lm, report = AutoModelForMaskedLM.from_pretrained(source, **options)
-        input_ids = trial_ids(tokenizer, max_length)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = mlm_head(lm, lm.base_model(input_ids).last_hidden_state)  # (2, L, V)
-            torch.testing.assert_close(logits, lm(input_ids).logits, atol=1e-3, rtol=1e-3)
-        logits.sum().backward()
-        unused = [name for name, weight in lm.named_parameters() if weight.grad is None]
-        if report["missing_keys"] or unused:
-            names = [*report["missing_keys"], *unused]
-            raise ValueError(f"{names[0]} is missing or gets no gradient")
-    except Exception as error:  # whatever a model that is not meant for this raises
-        heads = "BERT, RoBERTa, DistilBERT or ModernBERT"
-        reason = f"is damaged, or no masked LM of {heads} for --max_length {max_length}"
-        raise UserError(f"{source} {reason}: {short_reason(error)}") from error
-    lm.zero_grad()
-    return lm
-
-
-# ---- checkpoints and logs
-
-# No loss depends on these flags, so they may change when a run resumes.
+# No loss depends on these flags of the two scripts, so they may change when a run resumes.
 FREE_FLAGS = ("workers", "output", "save_every", "keep", "log_every", "eval_every", "bench")
 FREE_FLAGS += ("index", "split", "top_k", "relevance_level", "keep_identical_ids", "compare")
-
-
-def print_once(message):
-    """Print a line on the first process; its data-loader processes are in no group."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
-def short_reason(error):
-    """One line of an error; that of a data-loader process has the cause in its last line."""
-    lines = str(error).strip().splitlines() or [repr(error)]
-    return lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else lines[0]
-
-
-def write_json(path, content):
-    """Write a JSON file whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
-
-
-@contextlib.contextmanager
-def locked_output(config):
-    """Make --output, and keep other runs out of it until the context ends.
-
-    UserError where it is in use, or holds anything but a run of the same script. The lock holds
-    for folders inside, such as those of a recipe's stages.
-    """
-    if dist.get_rank() > 0:
-        yield
-        return
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in output.iterdir()} - {".lock"}
-    known = None  # the flags of the run that is there
-    if "run.json" in names:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a run.json of another program
-            known = {*json.loads((output / "run.json").read_text())["config"]}
-    if names and known != {*asdict(config)}:
-        raise UserError(f"--output {output} holds other files: give another folder")
-    with (output / ".lock").open("a+") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = Path(lock.name).read_text()
-            raise UserError(f"--output {output} is in use by {holder}") from error
-        lock.truncate(0)
-        print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=lock, flush=True)
-        yield
 
 
 def list_checkpoints(output):
@@ -906,59 +957,27 @@ def list_checkpoints(output):
 
 def load_checkpoint(config):
     """The newest checkpoint in --output and its state, or (None, {}); UserError for other flags."""
-    checkpoints = list_checkpoints(config.output)
-    newest = [None] * dist.get_world_size()
-    dist.all_gather_object(newest, [path.name for path in checkpoints[-1:]])
-    if any(names != newest[0] for names in newest):
-        raise UserError(f"processes see other checkpoints {newest}: put --output on a shared disk")
-    if not checkpoints and Path(config.output, "model.safetensors").exists():
-        reason = "has a model without checkpoints: give another folder"
-        raise UserError(f"--output {config.output} {reason}")
-    if not checkpoints:
+    checkpoints = [str(path) for path in list_checkpoints(config.output)]
+    newest = checkpoints[-1:] or [None]
+    dist.broadcast_object_list(newest)  # the first process decides: others may see another disk
+    checkpoint = newest[0]
+    if checkpoint is None:
+        if Path(config.output, "model.safetensors").exists():
+            raise UserError(f"--output {config.output} has a model but no checkpoints: use another")
         return None, {}
-    path = checkpoints[-1] / "training_state.pt"
+    path = Path(checkpoint, "training_state.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file raises
-        raise UserError(f"{path} is damaged: remove its folder to resume: {error}") from error
+    except Exception as error:  # damaged files raise all kinds of exceptions
+        raise UserError(f"{path} is damaged, remove its folder: {short_reason(error)}") from error
     for name, value in asdict(config).items():
         before = state["config"].get(name)
         if name not in FREE_FLAGS and value != before:
-            reason = f"has a run of --{name} {before}, not {value}: give another --output"
-            raise UserError(f"--output {config.output} {reason}")
-    return str(checkpoints[-1]), state
+            raise UserError(f"--output {config.output} has a run of --{name} {before}, not {value}")
+    return checkpoint, state
 
 
-def write_model(folder, lm, tokenizer, max_length, pooling="cls", similarity="dot"):
-    """Write a model and its tokenizer, as transformers and SentenceTransformer open them."""
-    lm.save_pretrained(folder)
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
-    modules = {"Transformer": "", "Pooling": "1_Pooling"}
-    if similarity == "cos":
-        modules["Normalize"] = "2_Normalize"
-    entries = []
-    for index, (name, path) in enumerate(modules.items()):
-        kind = f"sentence_transformers.models.{name}"
-        entries.append({"idx": index, "name": str(index), "path": path, "type": kind})
-        (folder / path).mkdir(exist_ok=True)
-    # Every mode is written out, as some versions take a missing one for true.
-    modes = "cls_token max_tokens mean_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken"
-    chosen = {"cls": "cls_token", "mean": "mean_tokens"}[pooling]
-    pooling_config = {f"pooling_mode_{mode}": mode == chosen for mode in modes.split()}
-    pooling_config["word_embedding_dimension"] = lm.config.hidden_size
-    score = {"similarity_fn_name": {"dot": "dot", "cos": "cosine"}[similarity]}
-    transformer = {"max_seq_length": max_length, "do_lower_case": False}
-    if "add_pooling_layer" in inspect.signature(type(lm.base_model)).parameters:
-        transformer["model_args"] = {"add_pooling_layer": False}
-    write_json(folder / "modules.json", entries)
-    write_json(folder / "1_Pooling" / "config.json", pooling_config)
-    write_json(folder / "config_sentence_transformers.json", score)
-    write_json(folder / "sentence_bert_config.json", transformer)
-
-
-def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", similarity="dot"):
+def save_checkpoint(config, state, lm, tokenizer, max_length, *retrieval_settings):
     """Write output/checkpoint-STEP whole or not at all, and keep the newest --keep of them."""
     temporary = Path(config.output, ".checkpoint.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -966,35 +985,50 @@ def save_checkpoint(config, state, lm, tokenizer, max_length, pooling="cls", sim
     log_size = Path(config.output, "metrics.jsonl").stat().st_size
     state = {**state, "config": asdict(config), "log_size": log_size}
     try:
-        write_model(temporary, lm, tokenizer, max_length, pooling, similarity)
+        write_model(temporary, lm, tokenizer, max_length, *retrieval_settings)
         torch.save(state, temporary / "training_state.pt")
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{target} cannot be written; earlier ones are whole: {error}") from error
+        raise UserError(f"{target} cannot be written: {short_reason(error)}") from error
     os.sync()
     temporary.rename(target)
     for old in list_checkpoints(config.output)[: -config.keep]:
         shutil.rmtree(old)
 
 
-def write_run_json(config, device):
-    """Write how this run was started: flags, versions, git commit, device and processes."""
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
-    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-    content = {"config": asdict(config), "argv": sys.argv, "git_commit": commit or None}
-    content["versions"] = {name: metadata.version(name) for name in packages}
-    content["versions"]["python"] = sys.version
-    content |= {"device": str(device), "world_size": dist.get_world_size()}
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    write_json(Path(config.output, "run.json"), content)
+def write_model(folder, lm, tokenizer, max_length, pooling="cls", similarity="dot", prompts=None):
+    """Write a model and its tokenizer, as transformers and SentenceTransformer open them."""
+    lm.save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    paths = {"Transformer": "", "Pooling": "1_Pooling"}
+    if similarity == "cos":
+        paths["Normalize"] = "2_Normalize"
+    modules = []
+    for index, (name, path) in enumerate(paths.items()):
+        module_type = f"sentence_transformers.models.{name}"
+        modules.append({"idx": index, "name": str(index), "path": path, "type": module_type})
+        (folder / path).mkdir(exist_ok=True)
+    # Every mode is written out, as some versions take a missing one for true.
+    modes = "cls_token max_tokens mean_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken"
+    own_mode = {"cls": "cls_token", "mean": "mean_tokens"}[pooling]
+    pooling_config = {f"pooling_mode_{mode}": mode == own_mode for mode in modes.split()}
+    pooling_config["word_embedding_dimension"] = lm.config.hidden_size
+    transformer = {"max_seq_length": max_length, "do_lower_case": False}
+    if "add_pooling_layer" in inspect.signature(type(lm.base_model)).parameters:
+        transformer["model_args"] = {"add_pooling_layer": False}
+    similarity_name = {"dot": "dot", "cos": "cosine"}[similarity]
+    settings = {"similarity_fn_name": similarity_name, "prompts": prompts or {}}
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "1_Pooling" / "config.json", pooling_config)
+    write_json(folder / "sentence_bert_config.json", transformer)
+    write_json(folder / "config_sentence_transformers.json", settings)
 
 
 def start_logs(config, device, state):
-    """Write run.json, drop what metrics.jsonl has after the checkpoint, and tell of a resume."""
-    write_run_json(config, device)
-    with Path(config.output, "metrics.jsonl").open("a") as file:
+    """Write run.json, drop lines of metrics.jsonl after the checkpoint, and tell of a resume."""
+    write_run_json(config, device, "train")
+    with Path(config.output, "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.truncate(min(state.get("log_size", 0), file.tell()))
     step = state.get("step")
     if step == config.steps:
@@ -1003,18 +1037,55 @@ def start_logs(config, device, state):
         print(f"resuming from step {step}", flush=True)
 
 
+def write_run_json(config, device, command):
+    """Write how this run was started: command, flags, versions, device and processes."""
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+    versions = {"python": sys.version} | {name: metadata.version(name) for name in packages}
+    content = {"command": command, "config": asdict(config), "versions": versions}
+    content |= {"device": str(device), "world_size": dist.get_world_size()}
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    write_json(Path(config.output, "run.json"), content)
+
+
+def write_json(path, content):
+    """Write a JSON file whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
 def append_metrics(config, record):
-    """Append a line to metrics.jsonl; UserError where a value is not finite."""
+    """Append a line to metrics.jsonl; UserError for a value that is not finite."""
     for name, value in record.items():
-        # The scaler of fp16 skips steps whose gradient overflows.
+        # With fp16 the scaler skips a step whose gradient overflows.
         is_skipped = name == "grad_norm" and config.precision == "fp16"
         if not math.isfinite(value) and not is_skipped:
-            reason = f"{name} is {value} at step {record['step']}; earlier checkpoints are whole"
-            raise UserError(f"{reason}: lower --lr or set --precision fp32, with a new --output")
+            cure = "lower --lr or set --precision fp32, with a new --output"
+            raise UserError(f"{name} is {value} at step {record['step']}: {cure}")
     if dist.get_rank() == 0:
         record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        with Path(config.output, "metrics.jsonl").open("a") as file:
+        with Path(config.output, "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def end_run(config, step, should_stop, signals):
+    """Copy the newest checkpoint's model into --output, or exit with the code of a signal."""
+    output = Path(config.output)
+    if should_stop:
+        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
+    elif dist.get_rank() == 0:
+        state = shutil.ignore_patterns("training_state.pt")
+        shutil.copytree(list_checkpoints(output)[-1], output, ignore=state, dirs_exist_ok=True)
+        print(f"model saved in {output}", flush=True)
+    dist.barrier()  # torchrun ends all processes when the first one exits
+    if should_stop:
+        sys.exit(128 + max(signals, default=signal.SIGTERM))
+
+
+def print_once(message):
+    """Print a line on the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 def print_table(rows, columns, title=""):
@@ -1023,90 +1094,25 @@ def print_table(rows, columns, title=""):
     print("\n" + table.to_string(float_format="{:,.4f}".format), flush=True)
 
 
-def peak_memory_mb(device):
-    """Peak memory in MB: allocated by PyTorch on a GPU, else resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# ---- training
-
-# Of flags that are not given: for a pre-trained model, and for a fresh one a run of minutes.
-PAPER_DEFAULTS = {"max_length": 144, "steps": 80_000, "batch_size": 256, "lr": 3e-4, "workers": 1}
-PAPER_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.1, "adam_beta2": 0.999}
-FRESH_DEFAULTS = {"max_length": 64, "steps": 1800, "batch_size": 64, "lr": 2e-3, "workers": 0}
-FRESH_DEFAULTS |= {"micro_batch_size": 32, "lr_final_ratio": 0.03, "adam_beta2": 0.98}
-
-
-def parse_config(argv, kind):
-    """Parse a command line into a dataclass; UserError for an unknown flag or a bad value."""
-    options = {"description": kind.__doc__, "allow_abbrev": False, "exit_on_error": False}
-    parser = HfArgumentParser(kind, **options)
-    options = {"look_for_args_file": False, "return_remaining_strings": True}
-    try:
-        config, unknown = parser.parse_args_into_dataclasses(argv, **options)
-    except (argparse.ArgumentError, ValueError) as error:
-        raise UserError(f"{error} (--help lists the flags)") from error
-    if unknown:
-        raise UserError(f"unknown flag {unknown[0]} (--help lists the flags)")
-    return config
-
-
-def check_numbers(config, minimums):
-    """UserError for a number that is not finite, or below its minimum: else 0, or 1 of integers."""
-    for name, value in vars(config).items():
-        lowest = minimums.get(name, 0 if isinstance(value, float) else 1)
-        if type(value) in (int, float) and not lowest <= value < math.inf:
-            raise UserError(f"--{name} {value} must be a finite number, at least {lowest}")
-
-
-def fill_in(config, table):
-    """Fill in the flags of a table that were not given, and print them."""
-    filled = {name: value for name, value in table.items() if getattr(config, name) is None}
-    vars(config).update(filled)
-    if filled:
-        print_once(f"defaults: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
-
-
-def complete_config(config):
-    """Fill in the flags that were not given; UserError for impossible values."""
-    table = FRESH_DEFAULTS if config.model in FRESH_MODELS else PAPER_DEFAULTS
-    fill_in(config, table | {"warmup_steps": (config.steps or table["steps"]) // 20})
-    check_numbers(config, {"max_length": 3, "warmup_steps": 0, "workers": 0, "seed": 0})
-    for name in ("mask_ratio", "adam_beta2"):
-        if not 0 < getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
-    if config.warmup_steps >= config.steps:
-        raise UserError(f"--warmup_steps {config.warmup_steps} is not below --steps {config.steps}")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size % (config.micro_batch_size * world_size):
-        multiple = f"--micro_batch_size {config.micro_batch_size} x {world_size} processes"
-        raise UserError(f"--batch_size {config.batch_size} is no multiple of {multiple}")
+# ---- 6. Processes
 
 
 def init_distributed():
     """Join the processes of torchrun, or be a group of one; returns the device of this process."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if missing and {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        raise UserError(f"{missing[0]} is not set: use torchrun, or unset RANK and WORLD_SIZE")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"no GPU for process {device.index}: lower --nproc_per_node")
         torch.cuda.set_device(device)
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if missing else {}
-    # The first process may read or search for hours while the others wait.
-    dist.init_process_group(backend, timeout=timedelta(days=7), **alone)
+    if "RANK" in os.environ:  # the first process may read or search for hours while others wait
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    elif not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
 def compute_dtype(precision, device):
-    """The type that --precision computes in; `auto` is bfloat16 where the device has it."""
+    """The autocast dtype of --precision; `auto` is bfloat16 where the device supports it."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     elif precision == "auto":
@@ -1114,306 +1120,45 @@ def compute_dtype(precision, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def build_optimizer(config, model):
-    """AdamW, with weight decay on matrices alone: not on biases and LayerNorm."""
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    betas, decay = (0.9, config.adam_beta2), config.weight_decay
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=decay, fused=True)
+@contextlib.contextmanager
+def catch_signals():
+    """Collect SIGTERM and Ctrl-C in a list instead of dying, so that a run can save first."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def cosine(first, last, progress):
-    """From first at progress 0 to last at progress 1, along half a cosine."""
-    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def learning_rate(config, step):
-    """The learning rate of an optimizer step, 1 to --steps: linear warm-up, then a cosine."""
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return cosine(config.lr, config.lr * config.lr_final_ratio, progress)
-
-
-def sum_over_processes(values):
-    """The sums over all processes of {name: number}, as Python floats."""
-    sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
-    dist.all_reduce(sums)
-    return dict(zip(values, sums.tolist(), strict=True))
-
-
-class StopSignal:
-    """Notes SIGTERM and Ctrl-C while it is open, so that a run can save; a second one ends it."""
-
-    def __enter__(self):
-        self.received, self.time = 0, math.inf
-        self.terminate = signal.signal(signal.SIGTERM, self.note)
-        self.interrupt = signal.signal(signal.SIGINT, self.note)
-        return self
-
-    def note(self, number, frame):
-        """Handle a signal; a second one within two seconds is torchrun's copy of the first."""
-        if time.monotonic() > self.time + 2:
-            sys.exit(128 + number)
-        self.received, self.time = number, time.monotonic()
-
-    def __exit__(self, *exception):
-        signal.signal(signal.SIGTERM, self.terminate)
-        signal.signal(signal.SIGINT, self.interrupt)
-
-
-def prepare_model(config, checkpoint, texts, device):
-    """The tokenizer and model of a checkpoint or of --model, or new ones of this seed."""
-    torch.manual_seed(config.seed)
-    if checkpoint is None and config.model in FRESH_MODELS:
-        print_once(f"learning the vocabulary of {len(texts):,} texts")
-        tokenizer = learn_tokenizer(config, texts)
-        lm = fresh_lm(config, tokenizer)
-    else:
-        source, dtype = checkpoint or config.model, compute_dtype(config.precision, device)
-        tokenizer = load_tokenizer(source)
-        lm = load_masked_lm(source, tokenizer, config.max_length, dtype)
-    if config.max_length <= 128 and not torch.cuda.is_available():
-        lm.set_attn_implementation("eager")  # faster: a CPU's fused attention is slow backward
-    special = special_ids(tokenizer, lm.config.vocab_size)
-    model = BowMAE(lm, special, config.objective, config.max_length)
-    return tokenizer, model.to(device).train()
-
-
-def wrap_ddp(model, compiles=False):
-    """The model under DistributedDataParallel, which averages the gradients of the processes."""
-    module = torch.compile(model) if compiles else model
-    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the new name of broadcast_buffers is of one version only
-        return nn.parallel.DistributedDataParallel(module, **options)
-
-
-def held_out_batches(config, tokenizer, texts, share):
-    """The first 1,024 sequences of the held-out texts, in batches of like length, masked once."""
-    texts = [text for text in texts if text_hash(text) < share]
-    sequences = cut_sequences(texts, tokenizer, config.max_length)[:1024]
-    sequences.sort(key=lambda sequence: len(sequence[0]))
-    batches = [sequences[start : start + 64] for start in range(0, len(sequences), 64)]
-    return [collate(batch, tokenizer, config.mask_ratio, i) for i, batch in enumerate(batches)]
-
-
-@torch.no_grad()
-def evaluate(model, batches, device, autocast):
-    """Held-out means: masked-LM loss a masked token, bag-of-word loss and coverage a sequence."""
-    model.eval()
-    sums = Counter()
-    for batch in batches:
-        batch = batch.to(device)
-        original_ids = batch["original_ids"]
-        with autocast:
-            losses = model(**batch)
-            cls = model.encode(original_ids, batch["attention_mask"])[:, 0]  # of the unmasked text
-            coverage = term_coverage(mlm_head(model.lm, cls), original_ids, model.special)
-        sums["masked"] += len(batch["masked_positions"])
-        sums["sequences"] += len(original_ids)
-        sums["mlm_loss"] += float(losses["mlm_loss"]) * len(batch["masked_positions"])
-        sums["bow_loss"] += float(losses["bow_loss"]) * len(original_ids)
-        sums["coverage"] += float(coverage.sum())
-    model.train()
-    metrics = {"eval_mlm_loss": sums["mlm_loss"] / sums["masked"]}
-    metrics["eval_bow_loss"] = sums["bow_loss"] / sums["sequences"]
-    metrics["eval_term_coverage"] = sums["coverage"] / sums["sequences"]
-    return metrics
-
-
-def measure_rates(sums, start, device):
-    """What a log line tells of the speed, from the counts that all processes have summed up."""
-    seconds = time.perf_counter() - start
-    return {
-        "tokens_per_second": sums["tokens"] / seconds,
-        "padding_share": 1 - sums["tokens"] / sums["padded_tokens"],
-        "data_wait_share": sums["wait_seconds"] / dist.get_world_size() / seconds,
-        "peak_memory_mb": peak_memory_mb(device),
-    }
-
-
-def end_run(config, step, should_stop, stop_signal):
-    """Copy the newest model into --output and print the gain, or exit with a signal's code."""
-    output = Path(config.output)
-    if should_stop:
-        print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
-    elif dist.get_rank() == 0:
-        lines = (output / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines if "eval_mlm_loss" in line]
-        if records:
-            columns = ["eval_mlm_loss", "eval_bow_loss", "eval_term_coverage"]
-            print_table({"before": records[0], "after": records[-1]}, columns, "held-out")
-        state = shutil.ignore_patterns("training_state.pt")
-        shutil.copytree(list_checkpoints(output)[-1], output, ignore=state, dirs_exist_ok=True)
-        print(f"model saved in {output}", flush=True)
-    dist.barrier()  # torchrun ends the others at the first exit
-    if should_stop:
-        sys.exit(128 + (stop_signal.received or signal.SIGTERM))
-
-
-def train(config, device):
-    """Pre-train to --steps, from the newest checkpoint or the start; the model ends in --output."""
-    # Checkpoint and data.
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    checkpoint, state = load_checkpoint(config)
-    files = list_files(config.data)
-    texts, held_out_share = sample_texts(config, files)
-    held_out_share = state.get("held_out_share", held_out_share)
-    file_sizes = {file: os.path.getsize(file) for file in files}
-    texts_hash = zlib.crc32("\n".join(texts).encode())
-    changed = file_sizes.items() ^ state.get("file_sizes", file_sizes).items()
-    for file in sorted({file for file, _ in changed}):
-        print_once(f"warning: --data has changed since the checkpoint: {file}")
-    if state.get("texts_hash", texts_hash) != texts_hash:
-        print_once("warning: the first texts of --data have changed since the checkpoint")
-
-    # Model, optimizer and loader.
-    tokenizer, model = prepare_model(config, checkpoint, texts, device)
-    optimizer = build_optimizer(config, model)
-    dtype = compute_dtype(config.precision, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if checkpoint:
-        model.decoder.load_state_dict(state["decoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    ddp = wrap_ddp(model, config.compile)
-    loader = make_loader(config, tokenizer, files, held_out_share, state)
-    held_out = held_out_batches(config, tokenizer, texts, held_out_share)
-    del texts
-
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    print_once(
-        f"{config.objective}: {millions:.2f} M parameters, {config.steps:,} steps of "
-        f"{config.num_shards} x {config.micro_batch_size} sequences of up to {config.max_length} "
-        f"tokens, {world_size} process(es), {device}, {dtype}, output {config.output}"
-    )
-    if rank == 0:
-        start_logs(config, device, state)
-    if rank == 0 and held_out and not checkpoint:
-        append_metrics(config, {"step": 0} | evaluate(model, held_out, device, autocast))
-
-    step = last_step = state.get("step", 0)
-    num_micro_batches = config.num_shards // world_size
-    resume_points = {}  # of the shards of this process
-    counts = Counter()  # sums since the last line of the log
-    start = time.perf_counter()
-    should_stop = False
-    bar = tqdm(total=config.steps, initial=last_step, unit="step", disable=rank > 0)
-    with StopSignal() as stop_signal, contextlib.closing(loader), bar:
-        for step in range(last_step + 1, config.steps + 1):
-            # Forward and backward, over this process's micro-batches of the step.
-            bow_weight = cosine(config.bow_weight, config.bow_weight_final, step / config.steps)
-            step_losses = defaultdict(float)
-            for index in range(num_micro_batches):
-                wait_start = time.perf_counter()
-                info, batch = next(loader)
-                resume_points[info["shard"]] = info["resume_point"]
-                counts["wait_seconds"] += time.perf_counter() - wait_start
-                counts["tokens"] += info["num_tokens"]
-                counts["padded_tokens"] += batch["input_ids"].numel()
-
-                torch.manual_seed(info["seed"])  # so dropout depends on (seed, step, shard) only
-                # DDP averages the gradients of all processes in the last backward pass alone.
-                ddp.require_backward_grad_sync = index == num_micro_batches - 1
-                with autocast:
-                    losses = ddp(**batch.to(device, non_blocking=True))
-                loss = losses["mlm_loss"]
-                if config.objective == "bow":
-                    loss = loss + bow_weight * losses["bow_loss"]
-                if config.objective == "enhanced":
-                    loss = loss + losses["enhanced_loss"]
-                scaler.scale(loss / num_micro_batches).backward()
-                for name, value in {"loss": loss, **losses}.items():
-                    step_losses[name] += value.detach() / num_micro_batches
-
-            # Update the weights.
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            lr = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            bar.update()
-
-            should_save = step % config.save_every == 0 or step == config.steps
-            should_evaluate = step % config.eval_every == 0 or step == config.steps
-            if not (should_save or should_evaluate or step % config.log_every == 0):
-                continue
-
-            # Log the losses of this step, and the rates since the last line. Summing the losses
-            # waits for the device, so that the time includes all of its work.
-            counts["signals"] = stop_signal.received > 0
-            sums = sum_over_processes(step_losses | counts)
-            record = {"step": step, "epoch": info["resume_point"][0]}
-            record |= {name: sums[name] / world_size for name in step_losses}
-            record |= {"bow_weight": bow_weight, "lr": lr, "grad_norm": float(grad_norm)}
-            record |= measure_rates(sums, start, device)
-            append_metrics(config, record)
-            shown = [f"{name} {value:.3f}" for name, value in record.items() if "_loss" in name]
-            shown += [f"{record['tokens_per_second']:,.0f} tokens/s", f"epoch {record['epoch']}"]
-            bar.set_postfix_str(", ".join(shown))
-
-            # Evaluate.
-            if should_evaluate and held_out and rank == 0:
-                metrics = evaluate(model, held_out, device, autocast)
-                append_metrics(config, {"step": step} | metrics)
-
-            # Save.
-            should_stop = sums["signals"] > 0
-            if should_save or should_stop:
-                everyone = [None] * world_size
-                dist.all_gather_object(everyone, resume_points)
-                state = {"step": step, "resume_points": {}}
-                for own in everyone:
-                    state["resume_points"] |= own
-                state |= {"file_sizes": file_sizes, "texts_hash": texts_hash}
-                state["held_out_share"] = held_out_share
-                state["decoder"] = model.decoder.state_dict()
-                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                if rank == 0:
-                    save_checkpoint(config, state, model.lm, tokenizer, config.max_length)
-            if should_stop:
-                break
-            counts.clear()
-            start = time.perf_counter()
-
-    end_run(config, step, should_stop, stop_signal)
-
-
-# ---- benchmark
+# ---- 7. Benchmark
 
 
 def bench(config, device):
-    """Train the objectives by turns on the same batches, and print what each of them costs.
-
-    Medians of rounds of four steps, the first two uncounted, back and forth so that none always
-    comes first. Memory is what steps take beyond the weights on a GPU, else the process's peak.
-    """
+    """Train the objectives in turns on the same batches, and print what each of them costs."""
     dtype = compute_dtype(config.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    files = list_files(config.data)
+    files = list_files(config)
     texts, _ = sample_texts(config, files)
-    runs, seconds, memory = {}, defaultdict(list), {}
+    runs, seconds, peak_mb = {}, defaultdict(list), {}
     for objective in ("mlm", "bow", "enhanced"):
-        tokenizer, model = prepare_model(replace(config, objective=objective), None, texts, device)
-        runs[objective] = (wrap_ddp(model, config.compile), build_optimizer(config, model))
+        tokenizer, model = prepare_model(replace(config, objective=objective), None, texts)
+        ddp = nn.parallel.DistributedDataParallel(model.to(device).train())
+        runs[objective] = (ddp, build_optimizer(config, model))
     num_micro_batches = config.num_shards // dist.get_world_size()
-    with contextlib.closing(make_loader(config, tokenizer, files, 0.0, {})) as loader:
-        micro_batches = [next(loader) for _ in range(4 * num_micro_batches)]
+    loader = iter(make_loader(config, tokenizer, files, 0.0, {}))
+    batches = [next(loader)[1] for _ in range(4 * num_micro_batches)]
 
     for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
-        for objective in runs if turn % 2 == 0 else reversed(runs):
+        for objective in runs if turn % 2 == 0 else reversed(runs):  # none always comes first
             ddp, optimizer = runs[objective]
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            memory_before = peak_memory_mb(device) if device.type == "cuda" else 0.0
             start = time.perf_counter()
-            for index, (_, batch) in enumerate(micro_batches, 1):
+            for index, batch in enumerate(batches, 1):
                 ddp.require_backward_grad_sync = index % num_micro_batches == 0
                 with autocast:
                     losses = ddp(**batch.to(device))
@@ -1424,68 +1169,102 @@ def bench(config, device):
                     optimizer.zero_grad()
             sum(losses.values()).item()  # waits for the device
             seconds[objective].append(time.perf_counter() - start)
-            memory[objective] = peak_memory_mb(device) - memory_before
+            if device.type == "cuda":
+                peak_mb[objective] = {"peak MB": torch.cuda.max_memory_allocated() / 2**20}
+                torch.cuda.reset_peak_memory_stats()
 
-    counts = {"tokens": sum(info["num_tokens"] for info, _ in micro_batches)}
-    counts["samples"] = sum(len(batch["input_ids"]) for _, batch in micro_batches)
-    sums = sum_over_processes(counts)
+    samples = sum_over_processes({"all": sum(len(batch["input_ids"]) for batch in batches)})["all"]
     rows = {}
     for objective in runs:
-        median = np.median(seconds[objective][2:])
-        ratios = np.array(seconds["mlm"][2:]) / seconds[objective][2:]
-        row = {"samples/s": sums["samples"] / median, "tokens/s": sums["tokens"] / median}
-        row |= {"x mlm": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
-        rows[objective] = row | {"peak MB": memory[objective]}
+        times = np.array(seconds[objective][2:])  # without the first two rounds, a warm-up
+        ratios = seconds["mlm"][2:] / times
+        row = {"samples/s": samples / np.median(times), "x mlm": np.median(ratios)}
+        rows[objective] = (
+            row | {"min": ratios.min(), "max": ratios.max()} | peak_mb.get(objective, {})
+        )
     if dist.get_rank() == 0:
         print_table(rows, list(rows["mlm"]), f"{device}, {dtype}")
 
 
-# ---- command line
+# ---- 8. Command line
+
+
+def fill_in(config, defaults):
+    """Fill in the flags that were left unset, and print them."""
+    filled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    vars(config).update(filled)
+    if filled:
+        print_once(f"defaults: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
+
+
+def check_counts(config, least):
+    """UserError for a flag below its least value, {flag: value}."""
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise UserError(f"--{name} {getattr(config, name)} must be at least {value}")
+
+
+def complete_config(config):
+    """Fill in the flags that were left unset; UserError for impossible values."""
+    is_fresh = config.model in FRESH_MODELS
+    defaults = {name: values[is_fresh] for name, values in DEFAULTS.items()}
+    if is_fresh:
+        defaults["lr"] = FRESH_MODELS[config.model][3]
+    defaults["warmup_steps"] = (config.steps or defaults["steps"]) // 20
+    fill_in(config, defaults)
+    counts = ("steps", "batch_size", "micro_batch_size", "save_every", "keep", "log_every")
+    least = dict.fromkeys(counts, 1) | {"eval_every": 1, "max_length": 3}
+    check_counts(config, least | {"warmup_steps": 0, "workers": 0, "seed": 0})
+    if not 0 < config.mask_ratio <= 1:
+        raise UserError(f"--mask_ratio {config.mask_ratio} must be above 0 and at most 1")
+    if config.warmup_steps >= config.steps:
+        raise UserError(f"--warmup_steps {config.warmup_steps} is not below --steps {config.steps}")
+    multiple = config.micro_batch_size * dist.get_world_size()
+    if config.batch_size % multiple:
+        factors = f"{multiple}: --micro_batch_size times the number of processes"
+        raise UserError(f"--batch_size {config.batch_size} is no multiple of {factors}")
+
+
+def short_reason(error):
+    """One line about an error. One from a data-loader worker has its cause in the last line."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else lines[0]
 
 
 @contextlib.contextmanager
 def errors_in_one_line():
-    """Print an error that a user can mend as one line, and exit with code 2.
-
-    Under torchrun the first process prints such an error at once. Any other waits five seconds,
-    in which torchrun ends it: so the error is printed once, not by each process.
-    """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Print an error that the user can fix as one line, and exit with code 2."""
     try:
         yield
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # frees the loader, so that its processes end
-        is_expected = isinstance(error, (UserError, OSError))
-        if world_size > 1 and (rank > 0 or not is_expected):
-            time.sleep(5)
-        if not is_expected:
+    except BaseException as error:
+        # Without its frames the loader is freed, whose workers Python would otherwise wait for.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, UserError | OSError):
             raise
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # the first process prints it now, whereupon torchrun ends this one
         print(f"error: {short_reason(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
-    finally:
-        if world_size == 1 and dist.is_initialized():
-            # A thread of gloo that still frees a tensor needs Python's lock, which the end of the
-            # group holds while it waits for the thread: torch 2.6 hung here, once in 180 runs.
-            time.sleep(0.02)
-            dist.destroy_process_group()
 
 
 @errors_in_one_line()
 def main(argv=None):
     """Train or measure, as the flags of a command line say."""
-    config = parse_config(argv, Config)
+    parser = HfArgumentParser(Config, description=Config.__doc__, allow_abbrev=False)
+    config = Config(**vars(parser.parse_args(argv)))
     device = init_distributed()
     complete_config(config)
     if config.bench:
         bench(config, device)
     else:
-        with locked_output(config):
-            train(config, device)
+        train(config, device)
+        print_once(f"next: python eval_retrieval.py --data {config.data} --model {config.output}")
 
 
 if __name__ == "__main__":
-    transformers.logging.disable_progress_bar()  # it would cut the bar of the run in two
+    transformers.logging.disable_progress_bar()  # these would break up the run's own bar
+    datasets.disable_progress_bars()
     main()
-    # All work is done. Threads that gloo leaves behind would abort some exits of Python.
+    # All work is done. At Python's own exit, threads that gloo leaves behind abort some runs.
     sys.stdout.flush()
     os._exit(0)
