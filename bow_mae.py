@@ -29,7 +29,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib import metadata, util
@@ -53,18 +53,21 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 # ---- Config
 
-# Defaults of flags that depend on the model: the paper's values, and those for a new model.
+# Defaults that depend on the model: the paper's values, and those for a new model.
 DEFAULTS = {"max_length": (144, 64), "steps": (80_000, 1800), "batch_size": (256, 64)}
 DEFAULTS |= {"micro_batch_size": (32, 32), "lr": (3e-4, "2e-3 (tiny) to 3e-4 (base)")}
 DEFAULTS |= {"lr_final_ratio": (0.1, 0.03), "adam_beta2": (0.999, 0.98), "workers": (1, 0)}
 
 
-def unset(flag, meaning):
+def flag(default, meaning):
+    """A flag with its default and its line in --help."""
+    return HfArg(default=default, help=meaning)
+
+
+def unset(name, meaning):
     """A flag whose default depends on the model; `complete_config` fills it in from DEFAULTS."""
-    pretrained, fresh = DEFAULTS[flag]
-    return HfArg(
-        default=None, help=f"{meaning}; {pretrained} for a pre-trained model, {fresh} for a new one"
-    )
+    pretrained, fresh = DEFAULTS[name]
+    return flag(None, f"{meaning}; {pretrained} for a pre-trained model, {fresh} for a new one")
 
 
 @dataclass
@@ -72,37 +75,37 @@ class Config:
     """Pre-train an encoder for dense retrieval by bag-of-word prediction."""
 
     # Data and model.
-    data: str = HfArg(default="python-docs", help="python-docs, file, folder, glob or hub dataset")
-    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns to be joined")
-    model: str = HfArg(default="tiny", help="hub name, folder, or new: tiny, mini, small, base")
-    objective: Literal["bow", "mlm", "enhanced"] = HfArg(default="bow", help="bow, or a baseline")
+    data: str = flag("python-docs", "python-docs, file, folder, glob or hub dataset")
+    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns to join")
+    model: str = flag("tiny", "hub name, folder, or new: tiny, mini, small, base (not tried)")
+    objective: Literal["bow", "mlm", "enhanced"] = flag("bow", "bow, or a baseline")
     max_length: int | None = unset("max_length", "tokens in a sequence, with [CLS] and [SEP]")
-    mask_ratio: float = HfArg(default=0.3, help="fraction of the words to mask")
-    bow_weight: float = HfArg(default=1.0, help="weight of the bag-of-word loss at the start")
-    bow_weight_final: float = HfArg(default=0.1, help="its weight at the end, along a cosine")
+    mask_ratio: float = flag(0.3, "fraction of the words to mask")
+    bow_weight: float = flag(1.0, "weight of the bag-of-word loss at the start")
+    bow_weight_final: float = flag(0.1, "its final weight, along a cosine")
     # Optimization.
     steps: int | None = unset("steps", "optimizer steps")
     batch_size: int | None = unset("batch_size", "sequences in a step, over all processes")
     micro_batch_size: int | None = unset("micro_batch_size", "sequences in a forward pass")
     lr: float | None = unset("lr", "peak learning rate")
     lr_final_ratio: float | None = unset("lr_final_ratio", "final lr as a fraction of the peak")
-    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; a twentieth of --steps")
-    weight_decay: float = HfArg(default=0.01, help="AdamW's, for matrices; biases have none")
+    warmup_steps: int | None = flag(None, "linear warm-up; unset: --steps / 20")
+    weight_decay: float = flag(0.01, "AdamW's; none on biases and LayerNorm")
     adam_beta2: float | None = unset("adam_beta2", "AdamW's beta2")
     # System.
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="for autocast")
-    seed: int = HfArg(default=0, help="seed of the weights, data order, masks and dropout")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "dtype of autocast")
+    seed: int = flag(0, "seed of the weights, data order, masks and dropout")
     workers: int | None = unset("workers", "data-loader workers of each process")
-    output: str = HfArg(default="out/bow_mae", help="folder for checkpoints, logs and the model")
-    save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=2, help="number of newest checkpoints to keep")
-    log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
-    eval_every: int = HfArg(default=300, help="steps between evaluations on held-out texts")
-    bench: bool = HfArg(default=False, help="measure the cost of each objective; no training")
+    output: str = flag("out/bow_mae", "folder for checkpoints, logs and the model")
+    save_every: int = flag(500, "steps between checkpoints")
+    keep: int = flag(2, "number of newest checkpoints to keep")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl")
+    eval_every: int = flag(300, "steps between evaluations on held-out texts")
+    bench: bool = flag(False, "measure the cost of each objective; no training")
 
     @property
     def num_shards(self) -> int:
-        """Micro-batches in a step. The data has as many shards: micro-batch i reads shard i."""
+        """Micro-batches in a step; micro-batch i always reads shard i of the data."""
         return self.batch_size // self.micro_batch_size
 
 
@@ -114,7 +117,7 @@ class UserError(Exception):
 
 
 def special_ids(tokenizer, vocab_size):
-    """(V,) bool, true for ids that are no terms: special tokens, and ids the tokenizer lacks."""
+    """(V,) bool, true for special tokens and for ids that the tokenizer does not have."""
     special = torch.arange(vocab_size) >= len(tokenizer)
     special[tokenizer.all_special_ids] = True
     return special
@@ -125,14 +128,14 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
 
     Of the chosen tokens 80 % become [MASK], 10 % a random token that is not special, and 10 % stay
     as they are. At least one word of a sequence is chosen; special tokens never are.
-    input_ids (B, L) long; word_ids (B, L) long counts the words of a sequence from 1, with 0 at
-    special tokens and padding. Returns masked_ids (B, L) long and chosen (B, L) bool.
+    input_ids (B, L) long; word_ids (B, L) long numbers the words of a sequence from 1; special
+    tokens and padding have 0. Returns masked_ids (B, L) long and chosen (B, L) bool.
     """
     device = input_ids.device
     is_ordinary = ~special_ids(tokenizer, len(tokenizer)).to(device)  # (V,)
     is_word = is_ordinary[input_ids] & (word_ids > 0)  # (B, L)
 
-    # To many tokenizers a whole clause is one word where a script has no spaces. Words of more
+    # In scripts without spaces, many tokenizers take a whole clause for one word. Words of more
     # than 8 tokens are therefore masked token by token: each token is a unit of its own.
     word_sizes = word_ids.new_zeros(len(word_ids), int(word_ids.max()) + 1)  # (B, 1 + words)
     word_sizes = word_sizes.scatter_add(1, word_ids, torch.ones_like(word_ids))
@@ -141,10 +144,10 @@ def whole_word_mask(input_ids, word_ids, tokenizer, mask_ratio=0.3, generator=No
     starts_unit = is_word & (is_long | (word_ids != previous_word_ids))
     units = starts_unit.cumsum(1) * is_word  # (B, L), counts the units from 1
 
-    # Each unit draws a random number, and those with the lowest numbers are chosen.
+    # Each unit draws a random number, and the lowest are chosen.
     num_units = starts_unit.sum(1, keepdim=True)  # (B, 1)
     num_chosen = (mask_ratio * num_units).round().clamp(min=1)
-    unit_ids = torch.arange(input_ids.shape[1] + 1, device=device)  # 0 stands for "in no unit"
+    unit_ids = torch.arange(input_ids.shape[1] + 1, device=device)  # 0 means "in no unit"
     unit_draws = torch.rand(len(input_ids), len(unit_ids), generator=generator, device=device)
     unit_draws = unit_draws.masked_fill((unit_ids == 0) | (unit_ids > num_units), 2.0)  # last
     is_chosen_unit = unit_draws.argsort(1).argsort(1) < num_chosen  # argsort twice: the rank
@@ -181,10 +184,10 @@ def bow_loss(cls_logits, input_ids, special):
 
 
 def term_coverage(cls_logits, input_ids, special):
-    """How many of a text's |T| terms are among the |T| highest logits of its [CLS]: (B,) float.
+    """The fraction of a text's |T| terms among the |T| highest logits of its [CLS]: (B,) float.
 
-    cls_logits (B, V); input_ids (B, L) long, of the unmasked text; special (V,) bool. Returns
-    fractions of |T|, 0 for a text without terms. This measure is ours; the paper has none like it.
+    cls_logits (B, V); input_ids (B, L) long, of the unmasked text; special (V,) bool. A text
+    without terms has coverage 0. This measure is ours, not the paper's.
     """
     bag = bag_of_words(input_ids, special)  # (B, V)
     num_terms = bag.sum(1, keepdim=True)  # (B, 1)
@@ -206,7 +209,7 @@ def mlm_head(lm, hidden):
         return lm.vocab_projector(lm.vocab_layer_norm(hidden))
     if hasattr(lm, "head") and hasattr(lm, "decoder"):  # ModernBERT
         return lm.decoder(lm.head(hidden))
-    raise TypeError(f"{type(lm).__name__} has no head of BERT, RoBERTa, DistilBERT or ModernBERT")
+    raise TypeError(f"{type(lm).__name__} has no BERT, RoBERTa, DistilBERT or ModernBERT head")
 
 
 class EnhancedDecoder(nn.Module):
@@ -263,7 +266,7 @@ class BowMAE(nn.Module):
         return self.lm.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
 
     def forward(self, original_ids, input_ids, attention_mask, masked_positions, word_positions):
-        """The losses of a micro-batch by name, with vocabulary logits only where a loss needs them.
+        """A micro-batch's losses by name; vocabulary logits are computed only where needed.
 
         original_ids (B, L) is the text, input_ids (B, L) its masked copy, which the encoder reads;
         attention_mask (B, L) is None if nothing is padded. masked_positions (M,) and
@@ -288,20 +291,19 @@ class BowMAE(nn.Module):
 
 
 def train(config, device):
-    """Pre-train to --steps, from the newest checkpoint or the start; the model ends in --output."""
+    """Pre-train for --steps, resuming from the newest checkpoint; write the model to --output."""
     # Checkpoint and data.
     rank, world_size = dist.get_rank(), dist.get_world_size()
     checkpoint, state = load_checkpoint(config)
     files = list_files(config)
-    sizes = [f"{file} {os.path.getsize(file)}" for file in files]
-    files_hash = zlib.crc32("\n".join(sizes).encode(errors="replace"))
+    files_hash = zlib.crc32(repr([(file, os.path.getsize(file)) for file in files]).encode())
     if state.get("files_hash", files_hash) != files_hash:
         raise UserError(f"--data {config.data} has changed since this run began")
-    texts, held_out_fraction = sample_texts(config, files)
+    sample, held_out_fraction = sample_texts(config, files)
     held_out_fraction = state.get("held_out_fraction", held_out_fraction)
 
     # Model, optimizer and loader.
-    tokenizer, model = prepare_model(config, checkpoint, texts)
+    tokenizer, model = prepare_model(config, checkpoint, sample)
     model.to(device).train()
     optimizer = build_optimizer(config, model)
     dtype = compute_dtype(config.precision, device)
@@ -312,16 +314,12 @@ def train(config, device):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    held_out = held_out_batches(config, tokenizer, sample, held_out_fraction)
+    del sample  # before workers inherit it
     loader = iter(make_loader(config, tokenizer, files, held_out_fraction, state))
-    held_out = held_out_batches(config, tokenizer, texts, held_out_fraction)
-    del texts
 
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    print_once(
-        f"{config.objective}: {millions:.2f} M parameters, {config.steps:,} steps of "
-        f"{config.num_shards} x {config.micro_batch_size} sequences of up to {config.max_length} "
-        f"tokens, {world_size} process(es), {device}, {dtype}, output {config.output}"
-    )
+    print_once(f"{config.objective}: {millions:.2f} M parameters, {world_size} x {device}, {dtype}")
     if rank == 0:
         start_logs(config, device, state)
     if rank == 0 and held_out and not checkpoint:
@@ -329,9 +327,9 @@ def train(config, device):
 
     step = last_step = state.get("step", 0)
     num_micro_batches = config.num_shards // world_size
-    resume_points = {}  # by shard, of this process
+    resume_points = {}  # this process's, by shard
     should_stop = False
-    num_tokens, start = 0, time.perf_counter()  # since the last line of the log
+    num_tokens, start = 0, time.perf_counter()  # since the last log line
     bar = tqdm(total=config.steps, initial=last_step, unit="step", disable=rank > 0)
     with catch_signals() as signals, bar:
         for step in range(last_step + 1, config.steps + 1):
@@ -344,7 +342,7 @@ def train(config, device):
                 num_tokens += info["num_tokens"]
 
                 torch.manual_seed(info["seed"])  # so dropout depends on (seed, step, shard) only
-                # DDP averages the gradients of all processes, in the last backward pass alone.
+                # DDP averages gradients over processes, in the last backward pass only.
                 ddp.require_backward_grad_sync = index == num_micro_batches - 1
                 with autocast:
                     losses = ddp(**batch.to(device, non_blocking=True))
@@ -375,8 +373,7 @@ def train(config, device):
             if not (should_save or should_evaluate or step % config.log_every == 0):
                 continue
 
-            # Log the losses of this step. Adding them up waits for the device, so that the time
-            # covers all of its work.
+            # Log this step's losses. Summing them waits for the device, so the time is all work's.
             sums = sum_over_processes({**step_losses, "tokens": num_tokens})
             record = {"step": step, "epoch": info["resume_point"]["epoch"]}
             record |= {name: sums[name] / world_size for name in step_losses}
@@ -397,8 +394,7 @@ def train(config, device):
             if should_save:
                 everyone = [None] * world_size
                 dist.all_gather_object(everyone, resume_points)
-                all_points = itertools.chain.from_iterable(own.items() for own in everyone)
-                state = {"step": step, "resume_points": dict(all_points)}
+                state = {"step": step, "resume_points": dict(ChainMap(*everyone))}
                 state |= {"files_hash": files_hash, "held_out_fraction": held_out_fraction}
                 state["decoder"] = model.decoder.state_dict()
                 state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -417,7 +413,7 @@ def cosine(first, last, progress):
 
 
 def learning_rate(config, step):
-    """The learning rate of an optimizer step, 1 to --steps: linear warm-up, then a cosine."""
+    """The learning rate at a step, 1 to --steps: linear warm-up, then cosine decay."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
@@ -425,7 +421,7 @@ def learning_rate(config, step):
 
 
 def build_optimizer(config, model):
-    """AdamW, with weight decay on matrices alone: biases and LayerNorm have none."""
+    """AdamW, with weight decay on matrices only: biases and LayerNorm have none."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -436,7 +432,7 @@ def build_optimizer(config, model):
 
 
 def held_out_batches(config, tokenizer, texts, held_out_fraction):
-    """The first 1,024 sequences of the held-out texts, in batches of like length, masked once."""
+    """The first 1,024 sequences of held-out texts, batched by length and masked once."""
     texts = [text for text in texts if text_hash(text) < held_out_fraction]
     sequences = cut_sequences(texts, tokenizer, config.max_length)[:1024]
     sequences.sort(key=lambda sequence: len(sequence[0]))
@@ -448,34 +444,29 @@ def held_out_batches(config, tokenizer, texts, held_out_fraction):
 def evaluate(model, batches, device, autocast):
     """Held-out means: masked-LM loss per masked token, L_bow and coverage per sequence."""
     model.eval()
-    sums = Counter()
+    means, weights = [], []
     for batch in tqdm(batches, "evaluate", leave=False):
         batch = batch.to(device)
         original_ids = batch["original_ids"]
         with autocast:
             losses = model(**batch)
             cls = model.encode(original_ids, batch["attention_mask"])[:, 0]  # of the unmasked text
-            coverage = term_coverage(mlm_head(model.lm, cls), original_ids, model.special)
-        sums["masked"] += len(batch["masked_positions"])
-        sums["sequences"] += len(original_ids)
-        sums["mlm_loss"] += float(losses["mlm_loss"]) * len(batch["masked_positions"])
-        sums["bow_loss"] += float(losses["bow_loss"]) * len(original_ids)
-        sums["coverage"] += float(coverage.sum())
+            coverage = term_coverage(mlm_head(model.lm, cls), original_ids, model.special).mean()
+        means.append([float(losses["mlm_loss"]), float(losses["bow_loss"]), float(coverage)])
+        weights.append([len(batch["masked_positions"]), len(original_ids), len(original_ids)])
     model.train()
-    metrics = {"eval_mlm_loss": sums["mlm_loss"] / sums["masked"]}
-    metrics["eval_bow_loss"] = sums["bow_loss"] / sums["sequences"]
-    metrics["eval_term_coverage"] = sums["coverage"] / sums["sequences"]
-    return metrics
+    names = ("eval_mlm_loss", "eval_bow_loss", "eval_term_coverage")
+    return dict(zip(names, np.average(means, axis=0, weights=weights).tolist(), strict=True))
 
 
 def compare_with_frequent_terms(metrics, batches, special):
-    """Say so if the coverage is no better than naming the most frequent terms for every text."""
-    texts = [(batch["original_ids"], special.cpu()) for batch in batches]
-    counts = sum(bag_of_words(*text).sum(0) for text in texts)  # (V,), texts with each term
-    coverages = [term_coverage(counts.expand(len(text[0]), -1), *text) for text in texts]
+    """Print a note if the most frequent terms, named for every text, cover as much."""
+    all_ids, special = [batch["original_ids"] for batch in batches], special.cpu()
+    counts = sum(bag_of_words(ids, special).sum(0) for ids in all_ids)  # (V,), texts per term
+    coverages = [term_coverage(counts.expand(len(ids), -1), ids, special) for ids in all_ids]
     frequent = float(torch.cat(coverages).mean())
     if metrics["eval_term_coverage"] <= frequent:
-        print(f"note: naming the same frequent terms for every text has coverage {frequent:.4g}")
+        print(f"note: naming only the most frequent terms has coverage {frequent:.4g}")
 
 
 def sum_over_processes(values):
@@ -487,21 +478,21 @@ def sum_over_processes(values):
 
 # ---- 3. Data
 
-BUFFER_TEXTS, BUFFER_CHARACTERS = 2048, 2_000_000  # of a shard, tokenized and shuffled together
+BUFFER_TEXTS, BUFFER_CHARACTERS = 2048, 2_000_000  # per shard, tokenized and shuffled together
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200_000, 100_000_000  # for the vocabulary and the held-out texts
 FORMATS = (".jsonl", ".txt", ".parquet")  # the first two also as .gz
 OTHER_FILES = re.compile(r"(^|/)\.|(^|[^a-z])(test|dev|val|valid|validation|eval)([^a-z]|$)", re.I)
 
 
 def make_loader(config, tokenizer, files, held_out_fraction, state):
-    """A DataLoader of this process's micro-batches, from the step after a checkpoint on."""
+    """A DataLoader of this process's micro-batches, starting after the checkpoint."""
     count = config.num_shards // dist.get_world_size()  # shards of each process
     shards = range(dist.get_rank() * count, (dist.get_rank() + 1) * count)
     stream = PretrainingStream(config, tokenizer, files, held_out_fraction, shards, state)
-    # Each worker reads its own shards, so the number of workers must divide that of the shards.
+    # Workers are read in turn, so each must have equally many shards.
     num_workers = math.gcd(config.workers, count) if config.workers else 0
-    # A worker makes all batches of its buffers at once: with room for two rounds, training need
-    # not wait. A buffer yields about a sequence per text, or per max_length tokens of 4 letters.
+    # A worker makes all batches of its shards' buffers at once; room for two such rounds keeps
+    # training from waiting. A buffer has about a sequence per text, plus one per max_length tokens.
     sequences = BUFFER_TEXTS + BUFFER_CHARACTERS // (4 * config.max_length)
     num_batches = count * sequences // config.micro_batch_size
     return torch.utils.data.DataLoader(
@@ -515,12 +506,14 @@ def make_loader(config, tokenizer, files, held_out_fraction, state):
 
 
 def init_worker(worker_id):
-    """In a data-loader worker: leave signals to the training process, and end when it has ended."""
+    """In a data-loader worker: ignore signals, and exit when the training process has exited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # By default training would wait for this busy process to hand over each tensor's descriptor.
+    torch.multiprocessing.set_sharing_strategy("file_system")
 
-    def watch(parent):  # torch alone lets a worker wait forever on a pipe that nobody reads
+    def watch(parent):  # with torch alone, a worker waits forever on a pipe nobody reads
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
@@ -529,10 +522,10 @@ def init_worker(worker_id):
 
 
 class PretrainingStream(torch.utils.data.IterableDataset):
-    """The micro-batches of some shards of the data, one from each shard in turn, without end.
+    """The micro-batches of some shards of the data, one from each shard in turn, endlessly.
 
     What a shard yields depends only on (data, seed, step, shard), not on the process. A micro-batch
-    comes with the point its shard resumes from, where its buffer of texts began.
+    carries its shard's resume point: where its buffer of texts began.
     """
 
     def __init__(self, config, tokenizer, files, held_out_fraction, shards, state):
@@ -552,26 +545,25 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         config = self.config
         start = {"epoch": 0, "stream": None, "step": 1}
         resume_point = self.resume_points.get(shard, start)
-        num_empty_epochs = 0
         while True:
             epoch, step = resume_point["epoch"], resume_point["step"]
             stream = open_stream(config, self.files, shard, config.num_shards, epoch)
             if resume_point["stream"] is not None:
                 stream.load_state_dict(resume_point["stream"])
-            epoch_start = step
             for texts, buffer_end in self.read_buffers(stream):
                 for sequences in self.make_batches(texts, shard, step):
-                    if step >= self.first_step:  # a resumed run skips batches it has trained on
-                        numbers = np.random.SeedSequence([config.seed, step, shard])
-                        mask_seed, dropout_seed = numbers.generate_state(2).tolist()
+                    if step >= self.first_step:  # a resumed run skips batches already trained on
+                        seeds = np.random.SeedSequence([config.seed, step, shard])
+                        mask_seed, dropout_seed = seeds.generate_state(2).tolist()
                         num_tokens = sum(len(token_ids) for token_ids, _ in sequences)
                         info = {"shard": shard, "resume_point": resume_point}
                         info |= {"seed": dropout_seed, "num_tokens": num_tokens}
                         yield info, collate(sequences, self.tokenizer, config.mask_ratio, mask_seed)
                     step += 1
                 resume_point = {"epoch": epoch, "stream": buffer_end, "step": step}
-            num_empty_epochs = num_empty_epochs + 1 if step == epoch_start else 0
-            if num_empty_epochs == 10:  # fewer may be chance, as a shard's files change each epoch
+            if (
+                step == 1 and epoch == 9
+            ):  # fewer may be chance, as a shard's files change each epoch
                 message = f"--data {config.data}: no text for shard {shard} of {config.num_shards}"
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
             resume_point = {"epoch": epoch + 1, "stream": None, "step": step}
@@ -581,7 +573,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         texts, num_characters = [], 0
         for text in read_texts(self.config, self.files, stream):
             if text_hash(text) >= self.held_out_fraction:
-                # A text longer than a buffer is cut, so that a book does not fill the memory.
+                # A text longer than a buffer is cut, so a book does not fill memory.
                 starts = range(0, len(text), BUFFER_CHARACTERS)
                 texts += [text[start : start + BUFFER_CHARACTERS] for start in starts]
                 num_characters += len(text)
@@ -592,7 +584,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
             yield texts, stream.state_dict()
 
     def make_batches(self, texts, shard, buffer_step):
-        """Yield a buffer's batches, each of sequences of like length, in a random order."""
+        """Yield a buffer's batches, grouped by length, in random order."""
         config = self.config
         sequences = cut_sequences(texts, self.tokenizer, config.max_length)
         if not sequences:
@@ -603,8 +595,7 @@ class PretrainingStream(torch.utils.data.IterableDataset):
         bounds = [len(sequences) * i // count for i in range(count + 1)]
         batches = [sequences[start:end] for start, end in itertools.pairwise(bounds)]
         for step in range(buffer_step, buffer_step + count):
-            # All shards use the same draw, so that their batches are of like length and no process
-            # waits for another.
+            # All shards use the same draw, so their batches match in length and no process waits.
             draw = np.random.default_rng([config.seed, step]).random()
             yield batches.pop(int(draw * len(batches)))
 
@@ -650,14 +641,14 @@ def collate(sequences, tokenizer, mask_ratio, seed):
 
 
 def text_hash(text):
-    """A number in [0, 1) that depends on the text alone."""
+    """A number in [0, 1) that depends only on the text."""
     return zlib.crc32(text.encode()) / 2**32
 
 
 def read_texts(config, files, stream):
     """Yield the text of each record of a stream: its columns, joined by a space.
 
-    A record without text is skipped; UserError shows one that is malformed or lacks a column.
+    A record without text is skipped; UserError quotes one that is malformed or lacks a column.
     """
     is_jsonl = bool(files) and file_format(files[0]) == ".jsonl"
     record = None
@@ -672,7 +663,7 @@ def read_texts(config, files, stream):
             if text:
                 yield text.encode(errors="replace").decode()  # JSON may hold half a surrogate pair
     except (ValueError, TypeError, KeyError, OSError, EOFError, zlib.error) as error:
-        reason = f"{type(error).__name__}: {short_reason(error)}, in or after {str(record)[:100]}"
+        reason = f"{type(error).__name__}: {short_reason(error)}, at or after {str(record)[:100]}"
         raise UserError(f"--data {config.data}: {reason}") from error
 
 
@@ -681,30 +672,25 @@ def open_stream(config, files, shard=0, num_shards=1, epoch=0):
 
     If there are enough files, a shard has its own; otherwise it keeps one record in num_shards.
     """
-    if files:  # in another order each epoch, so that epochs do not all end on the same kind of text
-        files = np.random.default_rng([config.seed, epoch]).permutation(files).tolist()
+    load = functools.partial(datasets.load_dataset, streaming=True)
+    if files:  # reordered each epoch, so that not all epochs end on the same kind of text
+        order = np.random.default_rng([config.seed, epoch]).permutation(files)
+        files = [
+            glob.escape(file) for file in order.tolist()
+        ]  # `datasets` takes names for patterns
     if config.data == "python-docs":
         stream = python_docs().to_iterable_dataset(num_shards)
     elif files and file_format(files[0]) == ".parquet":
-        stream = datasets.load_dataset(
-            "parquet", data_files=files, columns=config.text_columns, split="train", streaming=True
-        )
+        stream = load("parquet", data_files=files, columns=config.text_columns, split="train")
     elif files:
-        stream = datasets.load_dataset(
-            "text", data_files=files, encoding="utf-8-sig", split="train", streaming=True
-        )
+        stream = load("text", data_files=files, encoding="utf-8-sig", split="train")
     else:
         name, subset, split = (config.data.split(":") + ["", ""])[:3]
-        stream = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+        stream = load(name, subset or None, split=split or "train")
         stream.set_epoch(epoch)
     if stream.num_shards >= num_shards:
         return stream.shard(num_shards, shard, contiguous=False)
     return split_dataset_by_node(stream, rank=shard, world_size=num_shards)
-
-
-def file_format(path):
-    """The ending that tells a file's format: ".jsonl" of a.jsonl and of a.jsonl.gz."""
-    return Path(str(path).removesuffix(".gz")).suffix
 
 
 def list_files(config):
@@ -719,30 +705,36 @@ def list_files(config):
         found = [file for file in path.rglob("*") if file.is_file()]
         files = [file for file in found if file_format(file) in FORMATS and file.stat().st_size]
         files = [file for file in files if not OTHER_FILES.search(str(file.relative_to(path)))]
-        reasons = "are left out: hidden, empty, of another format, or of a test or validation split"
+        reasons = "are left out: hidden, empty, in another format, or a test or validation split"
         print_once(f"{len(files)} files of {path} are read; {len(found) - len(files)} {reasons}")
     else:
-        files = [Path(file) for file in glob.glob(config.data, recursive=True)]
+        found = [config.data] if path.is_file() else glob.glob(config.data, recursive=True)
+        files = [Path(file) for file in found]
         if not files and not glob.has_magic(config.data) and file_format(path) not in FORMATS:
             return []
     formats = {file_format(file) for file in files}
     if len(formats) != 1 or not formats <= {*FORMATS}:
-        found = " and ".join(sorted(formats)) or "no file"
+        found = " and ".join(sorted(name or "no ending" for name in formats)) or "no file"
         raise UserError(f"--data {config.data}: found {found}, need one of {' '.join(FORMATS)}")
     return sorted(map(str, files))
+
+
+def file_format(path):
+    """A file's format, by suffix: ".jsonl" for a.jsonl and a.jsonl.gz."""
+    return Path(str(path).removesuffix(".gz")).suffix
 
 
 def sample_texts(config, files):
     """Texts from the start of up to 64 files, and the fraction of all texts to hold out."""
     try:
-        count = min(open_stream(config, files).num_shards, 64)
+        stream = open_stream(config, files)
     except (OSError, ValueError, KeyError) as error:
-        reason = f"is no file, and no dataset that can be read: {short_reason(error)}"
-        raise UserError(f"--data {config.data} {reason}") from error
-    texts = []
+        raise UserError(f"--data {config.data} cannot be read: {short_reason(error)}") from error
+    texts, count = [], min(stream.num_shards, 64)
     for shard in range(count):
-        stream, num_characters = open_stream(config, files, shard, count), 0
-        for text in itertools.islice(read_texts(config, files, stream), SAMPLE_TEXTS // count):
+        num_characters = 0
+        records = read_texts(config, files, stream.shard(count, shard, contiguous=False))
+        for text in itertools.islice(records, SAMPLE_TEXTS // count):
             texts.append(text)
             num_characters += len(text)
             if num_characters >= SAMPLE_CHARACTERS // count:
@@ -761,11 +753,11 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @functools.cache
 def python_docs():
-    """Some 24,000 rows of _id, query and text, no two of them equal, shuffled.
+    """Some 24,000 distinct rows of _id, query and text, shuffled.
 
     The cache of `datasets` has a lock: one process builds the corpus while the others wait.
     """
-    print_once("building the corpus python-docs, or reading it from the cache")
+    print_once("building the python-docs corpus, or reading it from the cache")
     versions = {name: metadata.version(name) for name in PACKAGES.split()}
     arguments = {"versions": {"python": sys.version} | versions}
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
@@ -784,7 +776,7 @@ def docstrings(versions):
         root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
             parts = [package, *path.relative_to(root).with_suffix("").parts]
-            # A tuple, as the cache is keyed by this code, pickled: a set has no fixed order.
+            # A tuple: the cache key is this code, pickled, and a set has no fixed order.
             if any(name in parts for name in ("site-packages", "dist-packages", "test", "tests")):
                 continue
             try:
@@ -795,12 +787,11 @@ def docstrings(versions):
                 continue
             name = ".".join(part for part in parts if part not in ("python", "__init__"))
             nodes = [(name, tree)]
-            for name, node in nodes:  # the loop appends the children that it finds
+            for name, node in nodes:  # the loop appends to the list it walks
                 for child in ast.iter_child_nodes(node):
-                    if isinstance(child, DOCUMENTED):
-                        nodes.append((f"{name}.{child.name}", child))
-                    elif isinstance(child, ast.stmt):
-                        nodes.append((name, child))
+                    if isinstance(child, ast.stmt):
+                        suffix = f".{child.name}" if isinstance(child, DOCUMENTED) else ""
+                        nodes.append((name + suffix, child))
                 docstring = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
                 query, _, text = (docstring or "").partition("\n\n")
                 if query.strip() and text.strip():
@@ -809,7 +800,7 @@ def docstrings(versions):
 
 # ---- 4. Tokenizer and model
 
-FRESH_MODELS = {  # layers, width, size of the vocabulary, peak learning rate
+FRESH_MODELS = {  # layers, width, vocabulary size, peak learning rate
     "tiny": (2, 128, 2048, 2e-3),
     "mini": (4, 256, 8192, 1e-3),
     "small": (4, 512, 16384, 5e-4),
@@ -818,7 +809,7 @@ FRESH_MODELS = {  # layers, width, size of the vocabulary, peak learning rate
 
 
 def prepare_model(config, checkpoint, texts):
-    """The tokenizer and `BowMAE` of a checkpoint or of --model, or new ones of this --seed."""
+    """The tokenizer and `BowMAE` of a checkpoint or --model, or new ones from --seed."""
     torch.manual_seed(config.seed)
     if checkpoint is None and config.model in FRESH_MODELS:
         print_once(f"learning the vocabulary from {len(texts):,} texts")
@@ -833,7 +824,7 @@ def prepare_model(config, checkpoint, texts):
 
 
 def load_masked_lm(source, max_length):
-    """The tokenizer and masked LM of a folder or hub name; UserError if a trial shows it unfit."""
+    """The tokenizer and masked LM of a folder or hub name; UserError if a trial run fails."""
     tokenizer = load_tokenizer(source)
     try:
         lm, report = AutoModelForMaskedLM.from_pretrained(
@@ -847,8 +838,7 @@ def load_masked_lm(source, max_length):
         for name in [*report["missing_keys"], *unused]:
             raise ValueError(f"{name} is missing or gets no gradient")
     except Exception as error:  # damaged or unfit models raise all kinds of exceptions
-        heads = "BERT, RoBERTa, DistilBERT or ModernBERT"
-        reason = f"is damaged, or is no masked LM with a head of {heads}: {short_reason(error)}"
+        reason = f"is damaged, or no masked LM that this script can train: {short_reason(error)}"
         raise UserError(f"--model {source} {reason}") from error
     lm.zero_grad()
     check_length(source, lm, tokenizer, max_length)
@@ -861,7 +851,7 @@ def load_tokenizer(source):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
     except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(f"--model {source} has no tokenizer: {short_reason(error)}") from error
-    has_words = len(tokenizer) > len(tokenizer.all_special_ids)  # no files make an empty one
+    has_words = len(tokenizer) > len(tokenizer.all_special_ids)  # without files it is empty
     has_tokens = tokenizer.is_fast and None not in (tokenizer.mask_token, tokenizer.pad_token)
     starts_with_cls = tokenizer("a")["input_ids"][:1] == [tokenizer.cls_token_id]
     has_gaps = max(tokenizer.get_vocab().values()) >= len(tokenizer)
@@ -886,14 +876,12 @@ def learn_tokenizer(config, texts):
     """An uncased WordPiece tokenizer learnt from texts; the same texts give the same vocabulary.
 
     Its alphabet covers 99.95 % of the characters, accents and vowel signs included. Where that
-    takes over half of the vocabulary, as in Chinese, the vocabulary grows to twice the alphabet.
+    exceeds half the vocabulary, as in Chinese, the vocabulary grows to twice the alphabet.
     """
     # Words of over 100 letters, as in base64, become [UNK] anyway and would take hours to learn.
     texts = [re.sub("[A-Za-z0-9]{101,}", " ", text) for text in texts]
     wordpiece = BertWordPieceTokenizer(strip_accents=False, lowercase=True)
-    counts = Counter()
-    for text in texts:
-        counts.update(wordpiece.normalize(text))
+    counts = Counter(itertools.chain.from_iterable(map(wordpiece.normalize, texts)))
     del counts[" "]
     characters = sorted(counts, key=lambda character: (-counts[character], character))
     covered = np.cumsum([counts[character] for character in characters]) / counts.total()
@@ -901,10 +889,8 @@ def learn_tokenizer(config, texts):
     # A character that always stands alone, as a Chinese one does, never continues a word.
     split = wordpiece.pre_tokenizer.pre_tokenize_str
     inner = [f"##{c}" for c in alphabet if len(split(wordpiece.normalize(f"a{c}a"))) == 1]
-    size = FRESH_MODELS[config.model][2]
-    if len(alphabet) + len(inner) > size / 2:
-        size = 2 * (len(alphabet) + len(inner))
-    # The trainer numbers new pieces in the order of a random hash. Given all characters, and all
+    size = max(FRESH_MODELS[config.model][2], 2 * len(alphabet + inner))
+    # The trainer numbers new pieces in random hash order. Given all characters, and all
     # that continue a word, it finds no new ones, so that the vocabulary depends on the texts alone.
     wordpiece.train_from_iterator(
         texts,
@@ -925,7 +911,7 @@ def learn_tokenizer(config, texts):
 def fresh_lm(config, tokenizer):
     """A new BERT of --model's size, without dropout."""
     layers, width, _, _ = FRESH_MODELS[config.model]
-    # tiny's weights begin larger than BERT's 0.02, so that a short run suffices. At the same 0.05
+    # tiny starts with larger weights than BERT's 0.02, so that a short run suffices. With its 0.05
     # wider models never learn more than word frequencies, so it falls with the width.
     bert = BertConfig(
         vocab_size=len(tokenizer),
@@ -943,20 +929,13 @@ def fresh_lm(config, tokenizer):
 
 # ---- 5. Checkpoints and logs
 
-# No loss depends on these flags of the two scripts, so they may change when a run resumes.
+# These flags of both scripts affect no loss, so they may change when a run resumes.
 FREE_FLAGS = ("workers", "output", "save_every", "keep", "log_every", "eval_every", "bench")
 FREE_FLAGS += ("index", "split", "top_k", "relevance_level", "keep_identical_ids", "compare")
 
 
-def list_checkpoints(output):
-    """The folders checkpoint-STEP of a run, the newest last."""
-    folders = Path(output).glob("checkpoint-*")
-    folders = [path for path in folders if path.name[11:].isdecimal()]
-    return sorted(folders, key=lambda path: int(path.name[11:]))
-
-
 def load_checkpoint(config):
-    """The newest checkpoint in --output and its state, or (None, {}); UserError for other flags."""
+    """The newest checkpoint in --output and its state, or (None, {}); UserError if flags differ."""
     checkpoints = [str(path) for path in list_checkpoints(config.output)]
     newest = checkpoints[-1:] or [None]
     dist.broadcast_object_list(newest)  # the first process decides: others may see another disk
@@ -966,10 +945,7 @@ def load_checkpoint(config):
             raise UserError(f"--output {config.output} has a model but no checkpoints: use another")
         return None, {}
     path = Path(checkpoint, "training_state.pt")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise all kinds of exceptions
-        raise UserError(f"{path} is damaged, remove its folder: {short_reason(error)}") from error
+    state = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in asdict(config).items():
         before = state["config"].get(name)
         if name not in FREE_FLAGS and value != before:
@@ -996,7 +972,7 @@ def save_checkpoint(config, state, lm, tokenizer, max_length, *retrieval_setting
 
 
 def write_model(folder, lm, tokenizer, max_length, pooling="cls", similarity="dot", prompts=None):
-    """Write a model and its tokenizer, as transformers and SentenceTransformer open them."""
+    """Write a model and its tokenizer, for transformers and SentenceTransformer."""
     lm.save_pretrained(folder)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -1009,11 +985,9 @@ def write_model(folder, lm, tokenizer, max_length, pooling="cls", similarity="do
         module_type = f"sentence_transformers.models.{name}"
         modules.append({"idx": index, "name": str(index), "path": path, "type": module_type})
         (folder / path).mkdir(exist_ok=True)
-    # Every mode is written out, as some versions take a missing one for true.
-    modes = "cls_token max_tokens mean_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken"
-    own_mode = {"cls": "cls_token", "mean": "mean_tokens"}[pooling]
-    pooling_config = {f"pooling_mode_{mode}": mode == own_mode for mode in modes.split()}
-    pooling_config["word_embedding_dimension"] = lm.config.hidden_size
+    pooling_config = {"word_embedding_dimension": lm.config.hidden_size}
+    pooling_config["pooling_mode_cls_token"] = pooling == "cls"
+    pooling_config["pooling_mode_mean_tokens"] = pooling == "mean"  # true where it is missing
     transformer = {"max_seq_length": max_length, "do_lower_case": False}
     if "add_pooling_layer" in inspect.signature(type(lm.base_model)).parameters:
         transformer["model_args"] = {"add_pooling_layer": False}
@@ -1026,7 +1000,7 @@ def write_model(folder, lm, tokenizer, max_length, pooling="cls", similarity="do
 
 
 def start_logs(config, device, state):
-    """Write run.json, drop lines of metrics.jsonl after the checkpoint, and tell of a resume."""
+    """Write run.json, cut metrics.jsonl back to the checkpoint, and announce a resume."""
     write_run_json(config, device, "train")
     with Path(config.output, "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.truncate(min(state.get("log_size", 0), file.tell()))
@@ -1074,16 +1048,23 @@ def end_run(config, step, should_stop, signals):
     if should_stop:
         print_once(f"stopped by a signal; step {step} is saved, and the same command resumes")
     elif dist.get_rank() == 0:
-        state = shutil.ignore_patterns("training_state.pt")
-        shutil.copytree(list_checkpoints(output)[-1], output, ignore=state, dirs_exist_ok=True)
+        ignore = shutil.ignore_patterns("training_state.pt")
+        shutil.copytree(list_checkpoints(output)[-1], output, ignore=ignore, dirs_exist_ok=True)
         print(f"model saved in {output}", flush=True)
     dist.barrier()  # torchrun ends all processes when the first one exits
     if should_stop:
         sys.exit(128 + max(signals, default=signal.SIGTERM))
 
 
+def list_checkpoints(output):
+    """A run's checkpoint-STEP folders, newest last."""
+    folders = Path(output).glob("checkpoint-*")
+    folders = [path for path in folders if path.name[11:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[11:]))
+
+
 def print_once(message):
-    """Print a line on the first process alone."""
+    """Print a line on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
@@ -1098,7 +1079,7 @@ def print_table(rows, columns, title=""):
 
 
 def init_distributed():
-    """Join the processes of torchrun, or be a group of one; returns the device of this process."""
+    """Join torchrun's processes, or form a group of one; returns this process's device."""
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1123,12 +1104,9 @@ def compute_dtype(precision, device):
 @contextlib.contextmanager
 def catch_signals():
     """Collect SIGTERM and Ctrl-C in a list instead of dying, so that a run can save first."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    received, handlers = [], {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
     finally:
@@ -1140,7 +1118,7 @@ def catch_signals():
 
 
 def bench(config, device):
-    """Train the objectives in turns on the same batches, and print what each of them costs."""
+    """Train the objectives in turn on the same batches, and print what each of them costs."""
     dtype = compute_dtype(config.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     files = list_files(config)
@@ -1153,9 +1131,10 @@ def bench(config, device):
     num_micro_batches = config.num_shards // dist.get_world_size()
     loader = iter(make_loader(config, tokenizer, files, 0.0, {}))
     batches = [next(loader)[1] for _ in range(4 * num_micro_batches)]
+    del loader  # its workers would slow down what is measured
 
     for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
-        for objective in runs if turn % 2 == 0 else reversed(runs):  # none always comes first
+        for objective in runs if turn % 2 == 0 else reversed(runs):  # so none is always first
             ddp, optimizer = runs[objective]
             start = time.perf_counter()
             for index, batch in enumerate(batches, 1):
@@ -1198,7 +1177,7 @@ def fill_in(config, defaults):
 
 
 def check_counts(config, least):
-    """UserError for a flag below its least value, {flag: value}."""
+    """UserError for a flag below its minimum, {flag: minimum}."""
     for name, value in least.items():
         if getattr(config, name) < value:
             raise UserError(f"--{name} {getattr(config, name)} must be at least {value}")
@@ -1214,42 +1193,46 @@ def complete_config(config):
     fill_in(config, defaults)
     counts = ("steps", "batch_size", "micro_batch_size", "save_every", "keep", "log_every")
     least = dict.fromkeys(counts, 1) | {"eval_every": 1, "max_length": 3}
-    check_counts(config, least | {"warmup_steps": 0, "workers": 0, "seed": 0})
+    least |= {"warmup_steps": 0, "workers": 0, "seed": 0, "lr": 0, "weight_decay": 0}
+    check_counts(config, least)
     if not 0 < config.mask_ratio <= 1:
         raise UserError(f"--mask_ratio {config.mask_ratio} must be above 0 and at most 1")
     if config.warmup_steps >= config.steps:
         raise UserError(f"--warmup_steps {config.warmup_steps} is not below --steps {config.steps}")
     multiple = config.micro_batch_size * dist.get_world_size()
     if config.batch_size % multiple:
-        factors = f"{multiple}: --micro_batch_size times the number of processes"
-        raise UserError(f"--batch_size {config.batch_size} is no multiple of {factors}")
+        factors = f"{multiple} (--micro_batch_size x processes)"
+        raise UserError(f"--batch_size {config.batch_size} is not a multiple of {factors}")
 
 
 def short_reason(error):
-    """One line about an error. One from a data-loader worker has its cause in the last line."""
+    """One line about an error. From a data-loader worker, the last line has the cause."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else lines[0]
 
 
 @contextlib.contextmanager
 def errors_in_one_line():
-    """Print an error that the user can fix as one line, and exit with code 2."""
+    """Print an error that is the user's to fix in one line, and exit with code 2."""
     try:
         yield
     except BaseException as error:
-        # Without its frames the loader is freed, whose workers Python would otherwise wait for.
+        # Clearing the frames frees the loader, or Python would wait for its workers.
         traceback.clear_frames(error.__traceback__)
-        if not isinstance(error, UserError | OSError):
+        is_expected = isinstance(error, UserError | OSError)
+        # The process at fault prints its error, and torchrun ends the others while they wait here.
+        is_first = is_expected and os.environ.get("RANK", "0") == "0"
+        if isinstance(error, Exception) and "RANK" in os.environ and not is_first:
+            time.sleep(5)
+        if not is_expected:
             raise
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # the first process prints it now, whereupon torchrun ends this one
         print(f"error: {short_reason(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 @errors_in_one_line()
 def main(argv=None):
-    """Train or measure, as the flags of a command line say."""
+    """Train, or measure with --bench."""
     parser = HfArgumentParser(Config, description=Config.__doc__, allow_abbrev=False)
     config = Config(**vars(parser.parse_args(argv)))
     device = init_distributed()
@@ -1265,6 +1248,6 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()  # these would break up the run's own bar
     datasets.disable_progress_bars()
     main()
-    # All work is done. At Python's own exit, threads that gloo leaves behind abort some runs.
+    # All work is done. At Python's exit, leftover gloo threads abort some runs.
     sys.stdout.flush()
     os._exit(0)

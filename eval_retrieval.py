@@ -15,7 +15,6 @@ Its steps one by one, and two commands that look inside:
     python eval_retrieval.py explain "Read a comma-separated values file."
 """
 
-import contextlib
 import gzip
 import itertools
 import json
@@ -51,7 +50,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils import cached_file
 
 import bow_mae
-from bow_mae import UserError, print_once
+from bow_mae import UserError, flag, print_once
 
 # ---- Config
 
@@ -60,10 +59,10 @@ DEFAULTS = {"max_passage_length": (144, 96), "negatives": (15, 1), "epochs": (3,
 DEFAULTS |= {"micro_batch_size": (16, 64), "lr": (2e-5, 5e-4), "weight_decay": (0.0, 0.01)}
 
 
-def unset(flag, meaning):
+def unset(name, meaning):
     """A flag whose default depends on --data; `complete_config` fills it in from DEFAULTS."""
-    paper, short = DEFAULTS[flag]
-    return HfArg(default=None, help=f"{meaning}; {paper}, or {short} for python-docs")
+    paper, short = DEFAULTS[name]
+    return flag(None, f"{meaning}; {paper}, or {short} for python-docs")
 
 
 @dataclass
@@ -71,44 +70,44 @@ class RetrievalConfig:
     """Evaluate, fine-tune and search with dense retrievers. No command runs the paper's recipe."""
 
     # Data and encoder.
-    data: str = HfArg(default="python-docs", help="python-docs, BEIR folder or hub dataset")
-    model: str = HfArg(default="out/bow_mae", help="encoder (folder or hub name), or bm25")
-    output: str = HfArg(default="out/retrieval", help="folder for everything that is written")
-    pooling: Literal["auto", "cls", "mean"] = HfArg(default="auto", help="auto: as its files say")
-    similarity: Literal["auto", "dot", "cos"] = HfArg(default="auto", help="auto: as its files say")
-    query_prefix: str | None = HfArg(default=None, help="unset: the prompt that its files name")
-    passage_prefix: str | None = HfArg(default=None, help="unset: the prompt that its files name")
-    max_query_length: int = HfArg(default=32, help="tokens in a query, without the prefix")
+    data: str = flag("python-docs", "python-docs, BEIR folder or hub dataset")
+    model: str = flag("out/bow_mae", "encoder (folder or hub name), or bm25")
+    output: str = flag("out/retrieval", "folder for everything that is written")
+    pooling: Literal["auto", "cls", "mean"] = flag("auto", "auto: as its files say")
+    similarity: Literal["auto", "dot", "cos"] = flag("auto", "auto: as its files say")
+    query_prefix: str | None = flag(None, "unset: the prompt that its files name")
+    passage_prefix: str | None = flag(None, "unset: the prompt that its files name")
+    max_query_length: int = flag(32, "tokens in a query, without the prefix")
     max_passage_length: int | None = unset("max_passage_length", "tokens in a passage, likewise")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = HfArg(default="auto", help="for autocast")
-    seed: int = HfArg(default=0, help="seed of sampling, dropout and the order of queries")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "for autocast")
+    seed: int = flag(0, "seed of sampling, dropout and the order of queries")
     # Search and evaluation.
-    index: str = HfArg(default="Flat", help="FAISS index, such as 'IVF1024,Flat nprobe=64'")
-    split: str = HfArg(default="test", help="split to evaluate")
-    top_k: int = HfArg(default=1000, help="passages per query; no metric is cut deeper")
-    relevance_level: int = HfArg(default=1, help="lowest relevant grade; nDCG uses all grades")
-    keep_identical_ids: bool = HfArg(default=False, help="keep a passage that has its query's id")
-    compare: str = HfArg(default="", help="run.trec of another run, for a permutation test")
+    index: str = flag("Flat", "FAISS index, such as 'IVF1024,Flat nprobe=64'")
+    split: str = flag("test", "split to evaluate")
+    top_k: int = flag(1000, "passages per query; no metric is cut deeper")
+    relevance_level: int = flag(1, "lowest relevant grade; nDCG uses all grades")
+    keep_identical_ids: bool = flag(False, "keep a passage that has its query's id")
+    compare: str = flag("", "run.trec of another run, for a permutation test")
     # Mining.
-    train_split: str = HfArg(default="train", help="split to train on, or to mine for")
+    train_split: str = flag("train", "split to train on, or to mine for")
     depth: list[int] = HfArg(default_factory=lambda: [3, 200], help="first and last rank to mine")
-    sample: int = HfArg(default=128, help="negatives to draw from these ranks")
+    sample: int = flag(128, "negatives to draw from these ranks")
     # Fine-tuning.
     negatives_file: list[str] = HfArg(default_factory=list, help="files that `mine` has written")
     negatives: int | None = unset("negatives", "hard negatives per query in a step")
-    temperature: float | None = HfArg(default=None, help="of the softmax; 1 for dot, 0.05 for cos")
-    batch_size: int = HfArg(default=64, help="queries in a step, over all processes")
+    temperature: float | None = flag(None, "of the softmax; 1 for dot, 0.05 for cos")
+    batch_size: int = flag(64, "queries in a step, over all processes")
     epochs: int | None = unset("epochs", "passes over the training queries")
-    steps: int | None = HfArg(default=None, help="optimizer steps; unset: those of --epochs")
+    steps: int | None = flag(None, "optimizer steps; unset: those of --epochs")
     micro_batch_size: int | None = unset("micro_batch_size", "queries to encode at a time")
     lr: float | None = unset("lr", "peak learning rate")
-    lr_final_ratio: float = HfArg(default=0.1, help="final lr as a fraction of the peak")
-    warmup_steps: int | None = HfArg(default=None, help="linear warm-up; a twentieth of --steps")
+    lr_final_ratio: float = flag(0.1, "final lr as a fraction of the peak")
+    warmup_steps: int | None = flag(None, "linear warm-up; a twentieth of --steps")
     weight_decay: float | None = unset("weight_decay", "AdamW's")
-    adam_beta2: float = HfArg(default=0.999, help="AdamW's beta2")
-    save_every: int = HfArg(default=500, help="steps between checkpoints")
-    keep: int = HfArg(default=1, help="number of newest checkpoints to keep")
-    log_every: int = HfArg(default=10, help="steps between lines of metrics.jsonl")
+    adam_beta2: float = flag(0.999, "AdamW's beta2")
+    save_every: int = flag(500, "steps between checkpoints")
+    keep: int = flag(1, "number of newest checkpoints to keep")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl")
 
 
 # ---- 1. The encoder
@@ -136,24 +135,21 @@ class Encoder(nn.Module):
         self.lm = lm.base_model if missing else lm  # if the head is missing, keep the encoder alone
         self.device, self.dtype = device, bow_mae.compute_dtype(config.precision, device)
         self.pooling, self.similarity, self.prefixes = saved_settings(source, config)
-        lengths = {"queries": config.max_query_length, "passages": config.max_passage_length}
-        self.lengths = {}  # tokens of a text, [CLS], [SEP] and the prefix included
+        # Tokens of a text, [CLS] and [SEP] included; those of its prefix come on top.
+        self.lengths = {"queries": config.max_query_length, "passages": config.max_passage_length}
         for side, prefix in self.prefixes.items():
-            prefix_ids = self.tokenizer(prefix, add_special_tokens=False)["input_ids"]
-            self.lengths[side] = lengths[side] + len(prefix_ids)
+            self.lengths[side] += len(self.tokenizer.tokenize(prefix))
         bow_mae.check_length(source, self.lm.base_model, self.tokenizer, max(self.lengths.values()))
         self.to(device).eval()
-        content = [self.tokenizer.backend_tokenizer.to_str(), self.lm.base_model.state_dict()]
-        content += [read_model_file(source, f"{name}config.json") for name in ("", "tokenizer_")]
-        self.content_hash = Hasher.hash(content)
-        settings = f"{self.dtype}, {self.pooling} pooling, {self.similarity} similarity"
-        print_once(
-            f"{source}: {settings}, at most {lengths} tokens after {self.prefixes}, {device}"
-        )
+        weights, tokenizer = self.lm.base_model.state_dict(), self.tokenizer.backend_tokenizer
+        architecture = read_model_file(source, "config.json")
+        self.content_hash = Hasher.hash([weights, tokenizer.to_str(), architecture])
+        settings = f"{self.dtype}, {self.pooling} pooling, {self.similarity} similarity, {device}"
+        print_once(f"{source}: {settings}, prefixes {self.prefixes}, most tokens {self.lengths}")
 
     def forward(self, batch):
-        """Vectors (B, D), float32 and of norm 1 for `cos`, of input_ids, attention_mask (B, L)."""
-        batch = batch.to(self.device)
+        """Vectors (B, D), float32 and of norm 1 for `cos`, of B texts' tokens."""
+        batch = self.tokenizer.pad(batch, return_tensors="pt").to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             outputs = self.lm.base_model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
@@ -165,10 +161,10 @@ class Encoder(nn.Module):
             vectors = (hidden * weights).sum(1) / weights.sum(1)
         return F.normalize(vectors, dim=1) if self.similarity == "cos" else vectors
 
-    def tokenize(self, texts, side, **options):
+    def tokenize(self, texts, side):
         """Token ids of queries or passages, after their prefix, cut to their length."""
         texts = [self.prefixes[side] + text for text in texts]
-        return self.tokenizer(texts, truncation=True, max_length=self.lengths[side], **options)
+        return self.tokenizer(texts, truncation=True, max_length=self.lengths[side])
 
     @torch.no_grad()
     def encode(self, texts, side):
@@ -178,8 +174,7 @@ class Encoder(nn.Module):
         vectors = np.empty((len(texts), self.lm.config.hidden_size), np.float32)
         for start in range(0, len(texts), 64):
             rows = order[start : start + 64]
-            padded = {"input_ids": [tokens[i] for i in rows]}
-            vectors[rows] = self(self.tokenizer.pad(padded, return_tensors="pt")).cpu().numpy()
+            vectors[rows] = self({"input_ids": [tokens[i] for i in rows]}).cpu().numpy()
         if not np.isfinite(vectors).all():
             raise UserError("a vector is not finite: set --precision fp32")
         return vectors
@@ -233,18 +228,14 @@ def encode_collection(config, encoder, texts, side):
     """Write the vectors of texts, CHUNK_SIZE per file, split over processes; returns all files.
 
     The folder is named by all that the vectors depend on, so that the files of an interrupted run
-    are reused. Folders of other vectors are removed.
+    are reused. Folders of other vectors are removed at the end.
     """
     how = [encoder.content_hash, str(encoder.dtype), encoder.pooling, encoder.similarity]
     how += [encoder.prefixes[side], encoder.lengths[side], CHUNK_SIZE, texts._fingerprint]
     folder = Path(config.output, "vectors", side, Hasher.hash(how))
+    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{start:010}.npy" for start in range(0, len(texts), CHUNK_SIZE)]
     rank = dist.get_rank()
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for outdated in set(folder.parent.iterdir()) - {folder}:
-            shutil.rmtree(outdated)
-    dist.barrier()
     own = files[rank :: dist.get_world_size()]
     for file in tqdm(own, f"encode {side}", unit="file", disable=rank > 0):
         if not file.exists():
@@ -253,6 +244,8 @@ def encode_collection(config, encoder, texts, side):
             np.save(unfinished, encoder.encode(passage_texts(texts, rows), side))
             unfinished.replace(file)
     dist.barrier()
+    for outdated in set(folder.parent.iterdir()) - {folder} if rank == 0 else ():
+        shutil.rmtree(outdated, ignore_errors=True)
     return files
 
 
@@ -281,9 +274,9 @@ def finetune(config, device):
     config = plan_steps(config, encoder.similarity, len(examples))
     checkpoint, state = bow_mae.load_checkpoint(config)
     inputs = {"--model": encoder.content_hash, "--data": content_hash}
-    for flag, value in inputs.items():
-        if state.get(flag, value) != value:
-            raise UserError(f"--output {config.output} was begun with other content of {flag}")
+    for name, value in inputs.items():
+        if state.get(name, value) != value:
+            raise UserError(f"--output {config.output} was begun with other content of {name}")
     if checkpoint:
         encoder = Encoder(replace(config, model=checkpoint), device)
     encoder.train()
@@ -313,22 +306,18 @@ def finetune(config, device):
             encodes_again = len(micro_batches) > 1
             with torch.set_grad_enabled(not encodes_again):
                 pairs = [encode_pair(encoder, batch) for batch in micro_batches]
-            query_vectors = torch.cat([pair[0] for pair in pairs]).detach()  # (b, D)
-            passage_vectors = torch.cat([pair[1] for pair in pairs]).detach()  # (b·(1+n), D)
-            query_vectors.requires_grad_()
-            passage_vectors.requires_grad_()
+            cached = [[vectors.detach().requires_grad_() for vectors in pair] for pair in pairs]
 
             # Loss, and its gradient at the vectors.
-            vectors = (gather(query_vectors), gather(passage_vectors))
+            vectors = [gather(torch.cat(side)) for side in zip(*cached, strict=True)]
             loss = contrastive_loss(*vectors, false_negatives.to(device), config.temperature)
             scaler.scale(loss).backward()
 
             # Backward through the encoder, one micro-batch at a time.
-            query_gradients = query_vectors.grad.split([len(pair[0]) for pair in pairs])
-            passage_gradients = passage_vectors.grad.split([len(pair[1]) for pair in pairs])
-            for i, batch in enumerate(micro_batches):
-                pair = encode_pair(encoder, batch) if encodes_again else pairs[i]
-                torch.autograd.backward(pair, (query_gradients[i], passage_gradients[i]))
+            for batch, pair, own in zip(micro_batches, pairs, cached, strict=True):
+                if encodes_again:
+                    pair = encode_pair(encoder, batch)
+                torch.autograd.backward(pair, [vectors.grad for vectors in own])
             # Each process has the gradient of its own vectors; that of the loss is their sum.
             for parameter in parameters:
                 if world_size > 1 and parameter.grad is not None:
@@ -408,21 +397,19 @@ def make_step(config, encoder, passages, examples, step):
     numbers = order[place * config.batch_size :][: config.batch_size]  # (B,)
     rows = np.stack([draw_passages(config, passages, examples[i], epoch, i) for i in numbers])
     false_negatives = np.stack([np.isin(rows, examples[i].relevant).ravel() for i in numbers])
-    positives = np.arange(config.batch_size) * rows.shape[1]  # the column of each query's own
-    false_negatives[np.arange(config.batch_size), positives] = False  # (B, B·(1+n))
+    false_negatives[:, :: rows.shape[1]] &= ~np.eye(len(rows), dtype=bool)  # but its own positive
 
     micro_batches = []
-    queries_per_process = config.batch_size // dist.get_world_size()
-    first = dist.get_rank() * queries_per_process
-    end = first + queries_per_process
+    size = config.batch_size // dist.get_world_size()  # of this process's part
+    first = dist.get_rank() * size
+    end = first + size
     for start in range(first, end, config.micro_batch_size):
         own = slice(start, min(start + config.micro_batch_size, end))
         queries = [examples[i].query for i in numbers[own]]
         texts = passage_texts(passages, rows[own].ravel())
         seeds = np.random.SeedSequence([config.seed, step, start]).generate_state(1)
-        batch = {"seed": int(seeds[0])}
-        for side, side_texts in (("queries", queries), ("passages", texts)):
-            batch[side] = encoder.tokenize(side_texts, side, padding=True, return_tensors="pt")
+        batch = {"seed": int(seeds[0]), "queries": encoder.tokenize(queries, "queries")}
+        batch["passages"] = encoder.tokenize(texts, "passages")
         micro_batches.append(batch)
     return micro_batches, torch.from_numpy(false_negatives)
 
@@ -434,8 +421,8 @@ def draw_passages(config, passages, example, epoch, i):
     pool = example.negatives
     if len(pool) == 0:
         pool = rng.integers(len(passages), size=config.negatives)  # any passages
-    replaces = len(pool) < config.negatives
-    return np.append(positive, rng.choice(pool, config.negatives, replace=replaces))
+    negatives = rng.choice(pool, config.negatives, replace=len(pool) < config.negatives)
+    return np.append(positive, negatives)
 
 
 class Example(NamedTuple):
@@ -500,13 +487,17 @@ def plan_steps(config, similarity, num_queries):
     if config.batch_size > num_queries or config.batch_size % dist.get_world_size():
         most = f"at most {num_queries}, the training queries, and a multiple of the processes"
         raise UserError(f"--batch_size {config.batch_size} must be {most}")
-    steps = config.steps or num_queries // config.batch_size * config.epochs
+    steps = num_queries // config.batch_size * config.epochs
+    steps = steps if config.steps is None else config.steps
     warmup_steps = steps // 20 if config.warmup_steps is None else config.warmup_steps
-    if warmup_steps >= steps:
+    if not 0 <= warmup_steps < steps:
         raise UserError(f"--warmup_steps {warmup_steps} must be below the {steps} steps of the run")
     if config.train_split == config.split:
         print_once(f"warning: training on the split that is evaluated, {config.split}")
-    temperature = config.temperature or {"dot": 1.0, "cos": 0.05}[similarity]
+    temperature = {"dot": 1.0, "cos": 0.05}[similarity]
+    temperature = temperature if config.temperature is None else config.temperature
+    if temperature <= 0:
+        raise UserError(f"--temperature {temperature} must be above 0")
     return replace(config, steps=steps, warmup_steps=warmup_steps, temperature=temperature)
 
 
@@ -523,10 +514,13 @@ def evaluate(config, device):
     task, encoder = prepare(config, config.split, device, "evaluate")
     if not task.qrels and config.top_k < 5:
         raise UserError(f"--top_k {config.top_k} is below 5, where answers are first counted")
+    output = Path(config.output)
+    for name in ("metrics.json", "compare.json"):  # of another ranking
+        (output / name).unlink(missing_ok=True)
     ranked = retrieve(config, task, encoder, config.top_k)
     if not ranked:
         return None
-    run, output = dict(ranked), Path(config.output)
+    run = dict(ranked)
     with (output / "run.trec").open("w", encoding="utf-8") as file:
         for query_id, hits in run.items():
             for rank, (name, score) in enumerate(hits.items(), 1):
@@ -534,19 +528,18 @@ def evaluate(config, device):
     with (output / "qrels.trec").open("w", encoding="utf-8") as file:
         for query_id, grades in task.qrels.items():
             file.writelines(f"{query_id} 0 {name} {grade}\n" for name, grade in grades.items())
-    (output / "compare.json").unlink(missing_ok=True)  # of another ranking
     results = measure_run(config, task, run)
-    rows = [{"query_id": query_id} | values for query_id, values in results.items()]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (output / "per_query.jsonl").write_text("".join(lines), encoding="utf-8")
-    means = pd.DataFrame(rows).mean(numeric_only=True).to_dict()
+    with (output / "per_query.jsonl").open("w", encoding="utf-8") as file:
+        for query_id, values in results.items():
+            file.write(json.dumps({"query_id": query_id} | values) + "\n")
+    means = pd.DataFrame.from_dict(results, orient="index").mean().to_dict()
     bow_mae.write_json(output / "metrics.json", means)
     title = f"{config.model}, {len(results):,} queries, {len(task.rows):,} passages"
     bow_mae.print_table({name: {"": means[name]} for name in means}, [""], title)
     num_lost = sum(max(grades.values()) < 1 for grades in task.qrels.values())
     if num_lost:
         print(f"{num_lost} queries without a relevant passage are left out; trec_eval counts 0")
-    if other:
+    if config.compare:
         compare(config, task, results, other)
     print(f"ranking and metrics saved in {output}", flush=True)
     return means
@@ -563,6 +556,8 @@ def prepare(config, split, device, command):
                     f"--output {config.output} has results of --{name} {saved.get(name)}"
                 )
     encoder = None if config.model == "bm25" else Encoder(config, device)
+    if encoder:
+        build_index(config, encoder.lm.config.hidden_size, [])  # refuses a wrong --index
     task = load_task(config, split)
     dist.barrier()  # all processes have read run.json
     if dist.get_rank() == 0 and not (command == "search" and path.exists()):
@@ -576,9 +571,6 @@ def retrieve(config, task, encoder, k):
     if encoder is None:
         found = bm25(task.passages, queries, depth) if rank == 0 else None
         return ranked_hits(config, task, *found, k) if found else []
-    width = encoder.lm.config.hidden_size
-    with index_errors(config):  # before anything is encoded
-        index = make_index(config, width)
     tokens = encoder.tokenize(queries, "queries")
     num_cut = sum(len(encoding.overflowing) > 0 for encoding in tokens.encodings)
     if num_cut:
@@ -589,42 +581,31 @@ def retrieve(config, task, encoder, k):
     query_files = encode_collection(config, encoder, texts, "queries")
     vectors = np.concatenate([np.load(file) for file in query_files])
     own = files[rank :: dist.get_world_size()]
-    index = index if own else faiss.IndexFlatIP(width)  # nothing to train it on
-    with index_errors(config):  # such as too few vectors to train it on
-        fill_index(index, own)
+    width = encoder.lm.config.hidden_size
+    index = build_index(config, width, own) if own else faiss.IndexFlatIP(width)
     if config.index != "Flat" and rank == 0:
         check_recall(config, index, own, vectors[:100], depth)
     found = search_index(index, vectors, depth)
     return ranked_hits(config, task, *found, k) if found else []
 
 
-@contextlib.contextmanager
-def index_errors(config):
-    """Print an error of FAISS as one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(f"--index {config.index}: {str(error).split('Error: ')[-1]}") from error
-
-
-def make_index(config, width):
-    """An empty FAISS index of --index, by inner product; parameters follow behind a blank."""
+def build_index(config, width, files):
+    """A FAISS index of --index, by inner product, of files of vectors, by row number."""
     factory, _, parameters = config.index.partition(" ")
-    index = faiss.index_factory(width, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
-    if parameters:
-        faiss.ParameterSpace().set_index_parameters(index, parameters)
-    return index
-
-
-def fill_index(index, files):
-    """Add this process's files of vectors to an index, by row number; train it first if need be."""
-    if files and not index.is_trained:
-        print_once("training the index")
-        every = math.ceil(len(files) * CHUNK_SIZE / MOST_TRAINING_VECTORS)
-        index.train(np.concatenate([np.load(file)[::every] for file in files]))
-    for file in tqdm(files, "index", unit="file", disable=dist.get_rank() > 0):
+    try:
+        index = faiss.index_factory(width, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+        if files and not index.is_trained:
+            print_once("training the index")
+            every = math.ceil(len(files) * CHUNK_SIZE / MOST_TRAINING_VECTORS)
+            index.train(np.concatenate([np.load(file)[::every] for file in files]))
+    except RuntimeError as error:  # such as too few vectors to train it on
+        raise UserError(f"--index {config.index}: {str(error).split('Error: ')[-1]}") from error
+    for file in files:
         vectors = np.load(file)
         index.add_with_ids(vectors, np.arange(len(vectors)) + int(file.stem))
+    return index
 
 
 def check_recall(config, index, files, queries, depth):
@@ -635,9 +616,7 @@ def check_recall(config, index, files, queries, depth):
     starts = np.array([int(file.stem) for file in files])
     exact = starts[positions // CHUNK_SIZE] + positions % CHUNK_SIZE  # rows of the collection
     _, found = index.search(queries, depth)
-    recalls = {}
-    for k in sorted({min(10, depth), depth}):
-        recalls[k] = knn_intersection_measure(exact[:, :k], found[:, :k])
+    recalls = {k: knn_intersection_measure(exact[:, :k], found[:, :k]) for k in (10, depth)}
     shown = ", ".join(f"{recall:.3f} at {k}" for k, recall in recalls.items())
     level = "warning" if min(recalls.values()) < 0.9 else "note"
     where = " (first process's share)" if dist.get_world_size() > 1 else ""
@@ -646,13 +625,9 @@ def check_recall(config, index, files, queries, depth):
 
 def search_index(index, vectors, k):
     """Scores and rows (Q, k) of the best passages of all processes; None but on the first."""
-    batches = np.split(vectors, range(256, len(vectors), 256))
-    is_quiet = dist.get_rank() > 0 or len(batches) == 1
-    found = [index.search(batch, k) for batch in tqdm(batches, "search", disable=is_quiet)]
-    scores = np.concatenate([scores for scores, _ in found])
-    rows = np.concatenate([rows for _, rows in found])
+    found = index.search(vectors, k)
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object((scores, rows), everyone)
+    dist.gather_object(found, everyone)
     if everyone is None:
         return None
     all_scores = np.stack([scores for scores, _ in everyone])  # (processes, Q, k)
@@ -688,9 +663,13 @@ def ranking(hits):
 
 def measure_run(config, task, run):
     """Each metric of each query, by the judgements and by the answers."""
-    judged = evaluate_run(run, task.qrels, config.relevance_level, config.top_k)
-    answered = answer_hits(task, run, config.top_k)
-    return {name: judged.get(name, {}) | answered.get(name, {}) for name in judged | answered}
+    results = evaluate_run(run, task.qrels, config.relevance_level, config.top_k)
+    for query_id in task.answers:
+        found = find_answers(task, query_id, ranking(run.get(query_id, {}))[:100])
+        ranks = [k for k in (5, 20, 100) if k <= config.top_k]
+        answered = {f"AnswerHit@{k}": float(any(found[:k])) for k in ranks}
+        results[query_id] = results.get(query_id, {}) | answered
+    return results
 
 
 def evaluate_run(run, qrels, relevance_level=1, top_k=1000):
@@ -731,17 +710,6 @@ def dcg(grades):
     return sum(max(grade, 0) / math.log2(rank + 1) for rank, grade in enumerate(grades, 1))
 
 
-def answer_hits(task, run, top_k):
-    """AnswerHit@k of each query with answers: whether one of its k best passages has one."""
-    results = {}
-    for query_id in task.answers.keys() & task.queries.keys():
-        names = ranking(run.get(query_id, {}))[:100]
-        found = find_answers(task, query_id, names)
-        ranks = [k for k in (5, 20, 100) if k <= top_k]
-        results[query_id] = {f"AnswerHit@{k}": float(any(found[:k])) for k in ranks}
-    return results
-
-
 def find_answers(task, query_id, names):
     """Whether the text (without title) of each passage has an answer of a query."""
     texts = {}
@@ -769,7 +737,7 @@ def compare(config, task, results, other):
     num_missing = len(results.keys() - other.keys())
     if num_missing:
         print(f"warning: {num_missing} queries are not in {config.compare} and count 0 there")
-    depth = max(map(len, other.values()))
+    depth = max(map(len, other.values()), default=0)
     if depth < min(config.top_k, len(task.rows)):
         reason = f"has at most {depth} passages per query: deeper metrics favour this run"
         print(f"warning: {config.compare} {reason}")
@@ -804,8 +772,6 @@ def read_run(path):
 
     for _ in read_lines(Path(path), parse):
         pass
-    if not run:
-        raise UserError(f"{path} is empty")
     return dict(run)
 
 
@@ -819,15 +785,13 @@ def mine(config, device):
     """
     task, encoder = prepare(config, config.train_split, device, "mine")
     first, last = config.depth
-    num_positives = [
-        sum(grade > 0 for grade in task.qrels.get(q, {}).values()) for q in task.queries
-    ]
-    ranked = retrieve(config, task, encoder, last + max(num_positives))
+    most_judged = max(map(len, task.qrels.values()), default=0)
+    ranked = retrieve(config, task, encoder, last + most_judged)
     if ranked:  # on the first process
         path, num_negatives = Path(config.output, "negatives.jsonl"), 0
-        with path.open("w", encoding="utf-8") as file:
-            bar = tqdm(ranked, "negatives", len(task.queries), unit="query")
-            for i, (query_id, hits) in enumerate(bar):
+        unfinished = path.with_suffix(".tmp")
+        with unfinished.open("w", encoding="utf-8") as file:
+            for i, (query_id, hits) in enumerate(tqdm(ranked, "mine", len(task.queries))):
                 grades = task.qrels.get(query_id, {})
                 names = [name for name in hits if grades.get(name, 0) < 1][first - 1 : last]
                 if query_id in task.answers:
@@ -837,6 +801,7 @@ def mine(config, device):
                 negatives = [names[pick] for pick in sorted(picks[: config.sample])]
                 num_negatives += len(negatives)
                 file.write(json.dumps({"query_id": query_id, "negatives": negatives}) + "\n")
+        unfinished.replace(path)
         print(f"{num_negatives:,} negatives of {len(task.queries):,} queries in {path}")
     dist.barrier()  # all processes may read what the first has written
 
@@ -885,12 +850,11 @@ def explain(config, device, text):
     encoder = Encoder(config, device)
     if encoder.lm.base_model is encoder.lm:
         raise UserError(f"--model {config.model} has no masked-LM head to explain with")
-    tokens = encoder.tokenize([text], "passages", return_tensors="pt")
-    input_ids = tokens["input_ids"].to(device)  # (1, L)
+    input_ids = encoder.tokenize([text], "passages")["input_ids"]
+    input_ids = torch.tensor(input_ids, device=device)  # (1, L)
     special = bow_mae.special_ids(encoder.tokenizer, encoder.lm.config.vocab_size).to(device)
     with torch.no_grad():
-        hidden = encoder.lm.base_model(input_ids).last_hidden_state  # (1, L, D)
-        logits = bow_mae.mlm_head(encoder.lm, hidden[:, 0]).float()  # (1, V)
+        logits = encoder.lm(input_ids=input_ids).logits[:, 0].float()  # (1, V)
     terms = bow_mae.bag_of_words(input_ids, special)[0]  # (V,)
     coverage = bow_mae.term_coverage(logits, input_ids, special).item()
     count = int(terms.sum())
@@ -937,31 +901,27 @@ def load_task(config, split):
         if qrels[query_id].setdefault(passage_id, grade) != grade:
             raise UserError(f"--data {config.data}: {query_id} {passage_id} has two grades")
     asked = [name for name in qrels or answers if queries.get(name, "").strip()]
-    task = Task(passages, rows, {name: queries[name] for name in asked}, qrels, answers)
-    check_task(config, split, task)
-    task.qrels = {name: qrels[name] for name in asked if name in qrels}
-    return task
-
-
-def check_task(config, split, task):
-    """UserError for what would make metrics or run files wrong; what is missing is counted."""
-    judged = list(itertools.chain.from_iterable(task.qrels.values()))
-    missing = {"judged passages": [name for name in judged if name not in task.rows]}
-    missing["judged queries"] = [name for name in task.qrels if name not in task.queries]
+    queries = {name: queries[name] for name in asked}
+    judged = list(itertools.chain.from_iterable(qrels.values()))
+    missing = {"judged passages": [name for name in judged if name not in rows]}
+    missing["judged queries"] = [name for name in qrels if name not in queries]
     for what, names in missing.items():
         if names:
             print_once(f"warning: {len(names)} {what} are missing, the first is {names[0]!r}")
-    if len(task.rows) < len(task.passages):
-        name = Counter(task.passages["_id"]).most_common(1)[0][0]
+    if len(rows) < len(passages):
+        name = Counter(passages["_id"]).most_common(1)[0][0]
         raise UserError(f"--data {config.data}: passage id {name!r} occurs twice")
-    for name in itertools.chain(task.rows, task.queries, judged, task.qrels):
+    for name in itertools.chain(rows, queries, judged, qrels):
         if name.split() != [name]:
             raise UserError(f"--data {config.data}: the id {name!r} is empty or has white space")
-    if split and not task.queries:
+    qrels = {name: qrels[name] for name in asked if name in qrels}
+    answers = {name: answers[name] for name in asked if name in answers}
+    grades = itertools.chain.from_iterable(own.values() for own in qrels.values())
+    if split and not asked:
         raise UserError(f"--data {config.data} has no query of {split}")
-    grades = [max(grades.values()) for grades in task.qrels.values()]
-    if grades and (max(grades) < 1 or len(missing["judged passages"]) == len(judged)):
+    if qrels and (max(grades) < 1 or len(missing["judged passages"]) == len(judged)):
         raise UserError(f"--data {config.data} has no relevant passage for a query of {split}")
+    return Task(passages, rows, queries, qrels, answers)
 
 
 def read_python_docs(split):
@@ -1001,10 +961,10 @@ def find_file(folder, *names):
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_lines(path, parse):
+def read_lines(path, parse, version=None):
     """Yield parse(line) for each line but blank ones and BEIR's header of qrels.
 
-    UserError names the file and the line that cannot be read.
+    UserError names the file and the line that cannot be read. The version keys the cache.
     """
     number = 0
     opener = gzip.open if path.suffix == ".gz" else open
@@ -1021,12 +981,12 @@ def read_lines(path, parse):
 def cached_passages(path):
     """The passages of a corpus.jsonl, on disk in the cache of `datasets`, which locks it."""
     stat = path.stat()
-    arguments = {"path": str(path), "size": stat.st_size, "modified": stat.st_mtime_ns}
+    arguments = {"path": path, "parse": parse_record, "version": (stat.st_size, stat.st_mtime_ns)}
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
     try:
-        return datasets.Dataset.from_generator(read_passages, gen_kwargs=arguments, cache_dir=cache)
+        return datasets.Dataset.from_generator(read_lines, gen_kwargs=arguments, cache_dir=cache)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(str(error.__cause__ or error)) from error  # with file and line
+        raise UserError(f"{path}: {error.__cause__ or error}") from error
 
 
 def parse_record(line):
@@ -1042,12 +1002,6 @@ def parse_record(line):
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("answers must be a list of texts")
     return record
-
-
-def read_passages(path, size, modified):
-    """Yield _id, title and text of a corpus; size and time of the file key the cache."""
-    for record in read_lines(Path(path), parse_record):
-        yield {name: record[name] for name in ("_id", "title", "text")}
 
 
 def parse_judgement(line):
@@ -1070,16 +1024,18 @@ def read_hub(name, split):
         qrels = datasets.load_dataset(*(judged or [(f"{name}-qrels",)])[0])
         (passages,) = datasets.load_dataset(name, "corpus").values()
         (queries,) = datasets.load_dataset(name, "queries").values()
-        if split == "test" and len(qrels) == 1:  # NanoBEIR calls its only split train
-            (split,) = qrels
+        if len(qrels) == 1:  # a single split is for evaluation, though NanoBEIR calls it train
+            qrels = {"test": qrels[next(iter(qrels))]}
+        if split and split not in qrels:
+            raise ValueError(f"its splits are {' '.join(qrels)}, not {split}")
         for row in qrels[split] if split else []:
             line = f"{row['query-id']}\t{row['corpus-id']}\t{row.get('score', 1)}"
             judgements.append(parse_judgement(line))
+        for row in queries if split else []:
+            records.append({"_id": str(row["_id"]), "text": row["text"] or "", "answers": []})
     except (OSError, ValueError, KeyError) as error:
         reason = bow_mae.short_reason(error)
         raise UserError(f"--data {name} is no folder, and the hub says: {reason}") from error
-    for row in queries if split else []:
-        records.append({"_id": str(row["_id"]), "text": row["text"] or "", "answers": []})
     return passages, records, judgements
 
 
@@ -1142,7 +1098,7 @@ def bm25(passages, queries, k):
 # ---- 8. Command line
 
 COMMANDS = {"recipe": recipe, "evaluate": evaluate, "mine": mine, "finetune": finetune}
-TEXT_COMMANDS = {"search": search, "explain": explain}
+COMMANDS |= {"search": search, "explain": explain}
 
 
 def parse_command(argv):
@@ -1152,8 +1108,7 @@ def parse_command(argv):
     """
     description = RetrievalConfig.__doc__
     parser = HfArgumentParser(RetrievalConfig, description=description, allow_abbrev=False)
-    commands = [*COMMANDS, *TEXT_COMMANDS]
-    parser.add_argument("command", nargs="?", default="recipe", choices=commands)
+    parser.add_argument("command", nargs="?", default="recipe", choices=COMMANDS)
     parser.add_argument("text", nargs="?", default="", help="for search and explain")
     given = vars(parser.parse_args(argv))
     path = Path(given["output"], "run.json")
@@ -1163,7 +1118,7 @@ def parse_command(argv):
             parser.set_defaults(**saved["config"])
             given = vars(parser.parse_args(argv))
     command, text = given.pop("command"), given.pop("text")
-    if bool(text) != (command in TEXT_COMMANDS):
+    if bool(text) != (command in ("search", "explain")):
         raise UserError(f'{command}: search and explain need a text, as "..."; no other has one')
     return command, text, complete_config(RetrievalConfig(**given))
 
@@ -1186,10 +1141,7 @@ def main(argv=None):
     """Run the command of a command line, or the recipe."""
     command, text, config = parse_command(argv)
     device = bow_mae.init_distributed()
-    if command in TEXT_COMMANDS:
-        TEXT_COMMANDS[command](config, device, text)
-    else:
-        COMMANDS[command](config, device)
+    COMMANDS[command](config, device, *([text] if text else []))
 
 
 if __name__ == "__main__":
