@@ -30,7 +30,7 @@ import traceback
 import warnings
 import zlib
 from collections import ChainMap, Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import metadata, util
 from pathlib import Path
@@ -101,7 +101,6 @@ class Config:
     keep: int = flag(2, "number of newest checkpoints to keep")
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
     eval_every: int = flag(300, "steps between evaluations on held-out texts")
-    bench: bool = flag(False, "measure the cost of each objective; no training")
 
     @property
     def num_shards(self) -> int:
@@ -930,7 +929,7 @@ def fresh_lm(config, tokenizer):
 # ---- 5. Checkpoints and logs
 
 # These flags of both scripts affect no loss, so they may change when a run resumes.
-FREE_FLAGS = ("workers", "output", "save_every", "keep", "log_every", "eval_every", "bench")
+FREE_FLAGS = ("workers", "output", "save_every", "keep", "log_every", "eval_every")
 FREE_FLAGS += ("index", "split", "top_k", "relevance_level", "keep_identical_ids", "compare")
 
 
@@ -1114,58 +1113,7 @@ def catch_signals():
             signal.signal(number, handler)
 
 
-# ---- 7. Benchmark
-
-
-def bench(config, device):
-    """Train the objectives in turn on the same batches, and print what each of them costs."""
-    dtype = compute_dtype(config.precision, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    files = list_files(config)
-    texts, _ = sample_texts(config, files)
-    runs, seconds, peak_mb = {}, defaultdict(list), {}
-    for objective in ("mlm", "bow", "enhanced"):
-        tokenizer, model = prepare_model(replace(config, objective=objective), None, texts)
-        ddp = nn.parallel.DistributedDataParallel(model.to(device).train())
-        runs[objective] = (ddp, build_optimizer(config, model))
-    num_micro_batches = config.num_shards // dist.get_world_size()
-    loader = iter(make_loader(config, tokenizer, files, 0.0, {}))
-    batches = [next(loader)[1] for _ in range(4 * num_micro_batches)]
-    del loader  # its workers would slow down what is measured
-
-    for turn in tqdm(range(10), desc="bench", unit="round", disable=dist.get_rank() > 0):
-        for objective in runs if turn % 2 == 0 else reversed(runs):  # so none is always first
-            ddp, optimizer = runs[objective]
-            start = time.perf_counter()
-            for index, batch in enumerate(batches, 1):
-                ddp.require_backward_grad_sync = index % num_micro_batches == 0
-                with autocast:
-                    losses = ddp(**batch.to(device))
-                sum(losses.values()).backward()
-                if ddp.require_backward_grad_sync:
-                    nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            sum(losses.values()).item()  # waits for the device
-            seconds[objective].append(time.perf_counter() - start)
-            if device.type == "cuda":
-                peak_mb[objective] = {"peak MB": torch.cuda.max_memory_allocated() / 2**20}
-                torch.cuda.reset_peak_memory_stats()
-
-    samples = sum_over_processes({"all": sum(len(batch["input_ids"]) for batch in batches)})["all"]
-    rows = {}
-    for objective in runs:
-        times = np.array(seconds[objective][2:])  # without the first two rounds, a warm-up
-        ratios = seconds["mlm"][2:] / times
-        row = {"samples/s": samples / np.median(times), "x mlm": np.median(ratios)}
-        rows[objective] = (
-            row | {"min": ratios.min(), "max": ratios.max()} | peak_mb.get(objective, {})
-        )
-    if dist.get_rank() == 0:
-        print_table(rows, list(rows["mlm"]), f"{device}, {dtype}")
-
-
-# ---- 8. Command line
+# ---- 7. Command line
 
 
 def fill_in(config, defaults):
@@ -1232,16 +1180,13 @@ def errors_in_one_line():
 
 @errors_in_one_line()
 def main(argv=None):
-    """Train, or measure with --bench."""
+    """Pre-train, as the flags of a command line say."""
     parser = HfArgumentParser(Config, description=Config.__doc__, allow_abbrev=False)
     config = Config(**vars(parser.parse_args(argv)))
     device = init_distributed()
     complete_config(config)
-    if config.bench:
-        bench(config, device)
-    else:
-        train(config, device)
-        print_once(f"next: python eval_retrieval.py --data {config.data} --model {config.output}")
+    train(config, device)
+    print_once(f"next: python eval_retrieval.py --data {config.data} --model {config.output}")
 
 
 if __name__ == "__main__":
