@@ -625,7 +625,11 @@ def check_recall(config, index, files, queries, depth):
 
 def search_index(index, vectors, k):
     """Scores and rows (Q, k) of the best passages of all processes; None but on the first."""
-    found = index.search(vectors, k)
+    batches = np.split(vectors, range(256, len(vectors), 256))
+    found = [
+        index.search(batch, k) for batch in tqdm(batches, "search", disable=dist.get_rank() > 0)
+    ]
+    found = [np.concatenate(parts) for parts in zip(*found, strict=True)]  # scores, rows
     everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(found, everyone)
     if everyone is None:
