@@ -512,7 +512,8 @@ def init_worker(worker_id):
     # By default training would wait for this busy process to hand over each tensor's descriptor.
     torch.multiprocessing.set_sharing_strategy("file_system")
 
-    def watch(parent):  # with torch alone, a worker waits forever on a pipe nobody reads
+    def watch(parent):
+        """Exit with the parent: with torch alone, a worker waits forever on a pipe nobody reads."""
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)

@@ -769,6 +769,7 @@ def read_run(path):
     run = defaultdict(dict)
 
     def parse(line):
+        """Put a line into the run; ValueError if it is malformed."""
         query_id, _, passage_id, _, score, _ = line.split()
         if math.isnan(float(score)) or passage_id in run[query_id]:
             raise ValueError("the score is no number, or the passage occurs twice")
