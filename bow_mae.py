@@ -561,9 +561,8 @@ class PretrainingStream(torch.utils.data.IterableDataset):
                         yield info, collate(sequences, self.tokenizer, config.mask_ratio, mask_seed)
                     step += 1
                 resume_point = {"epoch": epoch, "stream": buffer_end, "step": step}
-            if (
-                step == 1 and epoch == 9
-            ):  # fewer may be chance, as a shard's files change each epoch
+            # Fewer empty epochs may be chance, as a shard's files change each epoch.
+            if step == 1 and epoch == 9:
                 message = f"--data {config.data}: no text for shard {shard} of {config.num_shards}"
                 raise UserError(f"{message}: lower --batch_size or raise --micro_batch_size")
             resume_point = {"epoch": epoch + 1, "stream": None, "step": step}
@@ -1187,7 +1186,9 @@ def main(argv=None):
     device = init_distributed()
     complete_config(config)
     train(config, device)
-    print_once(f"next: python eval_retrieval.py --data {config.data} --model {config.output}")
+    can_evaluate = config.data == "python-docs" or os.path.exists(f"{config.data}/corpus.jsonl")
+    data = config.data if can_evaluate else "BEIR_FOLDER"
+    print_once(f"next: python eval_retrieval.py --data {data} --model {config.output}")
 
 
 if __name__ == "__main__":
