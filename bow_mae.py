@@ -673,10 +673,8 @@ def open_stream(config, files, shard=0, num_shards=1, epoch=0):
     """
     load = functools.partial(datasets.load_dataset, streaming=True)
     if files:  # reordered each epoch, so that not all epochs end on the same kind of text
-        order = np.random.default_rng([config.seed, epoch]).permutation(files)
-        files = [
-            glob.escape(file) for file in order.tolist()
-        ]  # `datasets` takes names for patterns
+        files = np.random.default_rng([config.seed, epoch]).permutation(files).tolist()
+        files = [glob.escape(file) for file in files]  # `datasets` takes names for patterns
     if config.data == "python-docs":
         stream = python_docs().to_iterable_dataset(num_shards)
     elif files and file_format(files[0]) == ".parquet":
