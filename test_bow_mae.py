@@ -26,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 # ruff: noqa: E402
 
@@ -42,13 +43,13 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import models, processors, trainers
 from tokenizers.implementations import BertWordPieceTokenizer
-from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Metaspace
+from tokenizers.pre_tokenizers import BertPreTokenizer, Metaspace
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import bow_mae
 import eval_retrieval
 from bow_mae import BowMAE, Config, PretrainingStream, bow_loss, special_ids, term_coverage
-from eval_retrieval import RetrievalConfig, evaluate_run
+from eval_retrieval import RetrievalConfig, evaluate_run, read_run
 
 torch.set_num_threads(1)
 SCRIPT = Path(bow_mae.__file__).resolve()
@@ -83,14 +84,16 @@ def read_json(*path):
     return json.loads(Path(*path).read_text(encoding="utf-8"))
 
 
-def word_tokenizer(words):
-    """A WordPiece tokenizer with these words and pieces."""
-    vocab = {word: index for index, word in enumerate([*TOKENS.values(), *words])}
-    backend = tokenizers.Tokenizer.from_str(BertWordPieceTokenizer(vocab).to_str())
-    return transformers.BertTokenizerFast(tokenizer_object=backend)
+def read_jsonl(*path):
+    """The records of a .jsonl file."""
+    with Path(*path).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
-TOKENIZER = word_tokenizer([*WORDS, *SYLLABLES, "na", "1", "null"])
+VOCAB = [*TOKENS.values(), *WORDS, *SYLLABLES, "na", "1", "null"]
+WORDPIECE = BertWordPieceTokenizer({word: index for index, word in enumerate(VOCAB)})
+BACKEND = tokenizers.Tokenizer.from_str(WORDPIECE.to_str())
+TOKENIZER = transformers.BertTokenizerFast(tokenizer_object=BACKEND)
 
 
 def write_model(folder, has_head=True, pooling="cls", similarity="dot", seed=0):
@@ -163,8 +166,7 @@ def error_of(capfd, run, *flags):
 
 def records(output, field):
     """The records of metrics.jsonl that have a field."""
-    lines = Path(output, "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if field in record]
+    return [record for record in read_jsonl(output, "metrics.jsonl") if field in record]
 
 
 def same_file(name, one, other):
@@ -210,16 +212,17 @@ def unfinished(unbroken, tmp_path):
 
 
 def test_the_method_can_be_copied_alone():
-    """The source of six functions runs in an empty module that has torch and F."""
+    """The source of its functions runs in an empty module that has torch and F."""
     method = {"torch": torch, "F": F}
-    functions = [special_ids, bow_mae.whole_word_mask, bow_mae.bag_of_words, bow_loss]
-    for function in [*functions, term_coverage, bow_mae.mlm_head]:
+    functions = [special_ids, bow_mae.whole_word_mask, bow_mae.bag_of_words]
+    functions += [bow_loss, term_coverage, bow_mae.mlm_head]
+    for function in functions:
         exec(inspect.getsource(function), method)
-    input_ids = torch.tensor([TOKENIZER("baba keke lodi")["input_ids"]])
+    input_ids = torch.tensor([[2, 10, 11, 12, 3]])
     special = method["special_ids"](TOKENIZER, 200)
-    _, chosen = method["whole_word_mask"](input_ids, torch.tensor([[0, 1, 2, 3, 0]]), TOKENIZER)
+    word_ids = torch.tensor([[0, 1, 1, 1, 0]])  # a single word, which is masked
+    assert method["whole_word_mask"](input_ids, word_ids, TOKENIZER)[1].sum() == 3
     logits = method["mlm_head"](random_model("mlm").lm, torch.randn(1, 32))
-    assert chosen.sum() == 1 and method["bag_of_words"](input_ids, special).sum() == 3
     assert method["bow_loss"](logits, input_ids, special) > 0
     assert 0 <= method["term_coverage"](logits, input_ids, special) <= 1
 
@@ -247,7 +250,6 @@ def test_term_coverage_by_hand():
     rows = [
         ([0, 2, 3, 3, 1], [0.0, 0, 5, 1, 4, 0], 1 / 2),  # T = {2, 3}, the top 2 are {2, 4}
         ([0, 2, 3, 4, 1], [9.0, 0, 5, 6, 4, 0], 2 / 3),  # T = {2, 3, 4}, the top 3 are {0, 3, 2}
-        ([0, 2, 2, 2, 1], [0.0, 0, 5, 1, 4, 0], 1),  # T = {2}, the top 1 is {2}
         ([0, 1, 1, 1, 1], [0.0, 0, 5, 1, 4, 0], 0),  # T is empty
     ]
     input_ids, logits, expected = zip(*rows, strict=True)
@@ -255,81 +257,51 @@ def test_term_coverage_by_hand():
     assert found.tolist() == pytest.approx(list(expected))
 
 
-def test_a_coverage_that_frequent_terms_reach_is_noted(capfd):
-    """Ids 2 and 3 are the most frequent; naming them covers 1, 1 and 1/2 of three texts: .8333."""
-    special = torch.tensor([True, True, False, False, False])
-    texts = [[[0, 2, 3], [0, 2, 3]], [[0, 2, 4]]]
-    batches = [{"original_ids": torch.tensor(batch)} for batch in texts]
-    for coverage, is_noted in ((0.83, True), (0.84, False)):
-        metrics = {"eval_term_coverage": coverage}
-        bow_mae.compare_with_frequent_terms(metrics, batches, special)
-        assert ("0.8333" in capfd.readouterr().out) == is_noted
-
-
 # ---- masking
 
 
-def mask(tokenizer, texts, draws=1, ratio=0.3):
-    """Original ids, masked ids and chosen positions of texts, each text `draws` times."""
-    sequences = bow_mae.cut_sequences(texts * draws, tokenizer, 512)
-    pad = torch.nn.utils.rnn.pad_sequence
-    input_ids = pad([torch.tensor(ids) for ids, _ in sequences], batch_first=True)
-    word_ids = pad([torch.tensor(ids) for _, ids in sequences], batch_first=True)
-    generator = torch.Generator().manual_seed(0)
-    return input_ids, *bow_mae.whole_word_mask(input_ids, word_ids, tokenizer, ratio, generator)
-
-
 def test_30_percent_of_the_words_are_masked_80_10_10():
-    """200 draws over 200 words of one to three pieces and 9 unknown ones, never masked."""
-    tokenizer = word_tokenizer([*WORDS, *(f"##{word}" for word in WORDS)])
-    rng = random.Random(0)
-    words = ["".join(rng.choices(WORDS, k=rng.randint(1, 3))) for _ in range(200)]
-    text = " ".join(["xx"] * 9 + words)
-    input_ids, masked_ids, chosen = mask(tokenizer, [text], draws=200)
-    word_ids = tokenizer(text).word_ids()
-    first_tokens = [word_ids.index(number) for number in range(209)]
-    assert chosen[:, first_tokens].sum(1).tolist() == [60] * 200
+    """200 rows of three unknown words, which never are masked, and 200 words of two tokens."""
+    torch.manual_seed(0)
+    input_ids = torch.randint(5, len(TOKENIZER), (200, 403))  # 0 to 4 are special
+    input_ids[:, :3] = TOKENIZER.unk_token_id
+    word_ids = ((torch.arange(403) + 3) // 2).expand(200, -1)
+    masked_ids, chosen = bow_mae.whole_word_mask(input_ids, word_ids, TOKENIZER)
+    assert not chosen[:, :3].any()
+    assert chosen[:, 3::2].sum(1).tolist() == [60] * 200
     assert torch.equal(masked_ids[~chosen], input_ids[~chosen])
     before, after = input_ids[chosen], masked_ids[chosen]
-    becomes_mask, stays = after == tokenizer.mask_token_id, after == before
-    assert becomes_mask.sum().item() == pytest.approx(0.8 * len(after), rel=0.01)
-    assert stays.sum().item() == pytest.approx(0.1 * len(after), rel=0.1)
-    assert min(before) > 4 and min(after[~becomes_mask]) > 4  # 0 to 4 are special
-    assert mask(tokenizer, [WORDS[0]], ratio=0.001)[2].sum() == 1  # at least one
+    becomes_mask, stays = after == TOKENIZER.mask_token_id, after == before
+    assert becomes_mask.float().mean().item() == pytest.approx(0.8, abs=0.01)
+    assert stays.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert after[~becomes_mask].min() > 4
 
 
 SPLIT, END = BertPreTokenizer(), {"end_of_word_suffix": "</w>"}
 OPTIONS = {"vocab_size": 140, "special_tokens": [*TOKENS.values()]}
-BYTES = OPTIONS | {"vocab_size": 360, "initial_alphabet": ByteLevel.alphabet()}
 UNK = {"unk_token": "[UNK]"}
 TOKENIZERS = {  # model, pre-tokenizer, trainer
     "WordPiece": (models.WordPiece(**UNK), SPLIT, trainers.WordPieceTrainer(**OPTIONS)),
     "SentencePiece": (models.Unigram(), Metaspace(), trainers.UnigramTrainer(**OPTIONS, **UNK)),
-    "BPE of bytes": (models.BPE(), ByteLevel(add_prefix_space=False), trainers.BpeTrainer(**BYTES)),
     "BPE, </w>": (models.BPE(**UNK, **END), SPLIT, trainers.BpeTrainer(**OPTIONS, **END)),
 }
 
 
-def trained_tokenizer(family, texts):
-    """A tokenizer that adds [CLS] and [SEP], with a vocabulary learnt from texts."""
-    model, splitter, trainer = TOKENIZERS[family]
+@pytest.mark.parametrize("model, splitter, trainer", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_the_tokens_of_a_word_are_masked_together(model, splitter, trainer):
+    """Over 400 draws, neighbouring tokens are always chosen alike only if they share a word."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = splitter
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator([*make_texts(200), *["x, (x 2024) x! (x 3.5)"] * 300], trainer)
     backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **TOKENS)
-
-
-@pytest.mark.parametrize("family", TOKENIZERS)
-def test_the_tokens_of_a_word_are_masked_together(family):
-    """Over 400 draws, neighbouring tokens are always chosen alike only if they share a word."""
-    tokenizer = trained_tokenizer(family, [*make_texts(200), *["x, (x 2024) x! (x 3.5)"] * 300])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **TOKENS)
     text = "bakelodi stapri, (galvenmu 2024) pristagal; x baba! galgaltor 3.5 ke"
-    chosen = mask(tokenizer, [text], draws=400)[2]
-    ids, word_ids = tokenizer(text)["input_ids"], tokenizer(text).word_ids()
+    ((ids, word_ids),) = bow_mae.cut_sequences([text], tokenizer, 512)
+    input_ids, word_ids = torch.tensor([ids] * 400), torch.tensor([word_ids] * 400)
+    chosen = bow_mae.whole_word_mask(input_ids, word_ids, tokenizer)[1]
     pairs = [i for i in range(2, len(ids) - 1) if 1 not in ids[i - 1 : i + 1]]  # 1 is [UNK]
     alike = [torch.equal(chosen[:, i - 1], chosen[:, i]) for i in pairs]
-    assert alike == [word_ids[i - 1] == word_ids[i] for i in pairs]
+    assert alike == [word_ids[0, i - 1] == word_ids[0, i] for i in pairs]
     assert sum(alike) > 3 and not all(alike)
 
 
@@ -347,7 +319,6 @@ DISTIL = {"vocab_size": 200, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_head
 FAMILIES = {
     "BERT": transformers.BertConfig(**SIZES),
     "RoBERTa": transformers.RobertaConfig(**SIZES),
-    "XLM-R": transformers.XLMRobertaConfig(**SIZES),
     "DistilBERT": transformers.DistilBertConfig(**DISTIL),
     "ModernBERT": transformers.ModernBertConfig(**SIZES, **IDS, sep_token_id=3),
 }
@@ -371,15 +342,16 @@ def random_model(objective):
     return BowMAE(lm, special_ids(TOKENIZER, 200), objective, 32).eval()
 
 
-def test_enhanced_adds_a_decoder_that_does_not_see_the_token_it_predicts():
-    """Position 5 depends on the embeddings of half of the others; bow and mlm add no parameter."""
-    models = [random_model(objective) for objective in ("mlm", "bow", "enhanced")]
-    mlm, bow, enhanced = (len(list(model.parameters())) for model in models)
-    assert mlm == bow < enhanced
+def test_the_enhanced_decoder_does_not_see_the_token_it_predicts():
+    """Position 5 depends on the embeddings of half of the others. `bow` has no parameter more."""
+    decoder = random_model("enhanced").decoder
     embeddings = torch.randn(64, 16, 32, requires_grad=True)
-    models[2].decoder(torch.randn(64, 32), embeddings, None)[:, 5].square().sum().backward()
+    decoded = decoder(torch.randn(64, 32), embeddings, None)
+    decoded[:, 5].square().sum().backward()
     seen = embeddings.grad[:, 1:].any(2).float().mean(0)  # (L - 1,), over 64 draws
-    assert seen[4] == 0 and seen.sum().item() / 14 == pytest.approx(0.5, abs=0.1)
+    assert seen[4] == 0
+    assert seen.sum().item() / 14 == pytest.approx(0.5, abs=0.1)
+    assert not list(random_model("bow").decoder.parameters())
 
 
 # ---- the data
@@ -438,30 +410,26 @@ def test_each_text_comes_once_an_epoch(ending, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_a_shard_opens_its_own_files_alone(ending, tmp_path, monkeypatch):
+def test_a_shard_opens_its_own_files_alone(ending, tmp_path):
     """Of 11 files in 4 shards, in another order each epoch, so that none always ends on books."""
     config = data_config(write_files(tmp_path / "data", TEXTS[:99], 11, ending), 4)
-    files, open_file, opened = bow_mae.list_files(config), open, []
+    files, opened = bow_mae.list_files(config), []
     for epoch, shard in itertools.product(range(3), range(4)):
         stream = bow_mae.open_stream(config, files, shard, 4, epoch)
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                "builtins.open", lambda *a, **b: opened.append(a[0]) or open_file(*a, **b)
-            )
+        with mock.patch("builtins.open", wraps=open) as spy:
             assert list(bow_mae.read_texts(config, files, stream))
+        opened += [call.args[0] for call in spy.call_args_list]
     epochs = [opened[:11], opened[11:22], opened[22:]]
     assert [sorted(epoch) for epoch in epochs] == [sorted(files)] * 3  # each file once
     assert len(set(map(tuple, epochs))) == 3
 
 
-RESUMED = [("txt", 3, 2), ("txt", 3, 5), ("parquet", 3, 2), ("parquet", 3, 5), ("jsonl", 1, 2)]
-
-
-@pytest.mark.parametrize("ending, count, num_shards", RESUMED)
-def test_a_stream_resumes_at_every_step(ending, count, num_shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", ["txt", "parquet"])
+@pytest.mark.parametrize("num_shards", [2, 5])
+def test_a_stream_resumes_at_every_step(ending, num_shards, tmp_path, monkeypatch):
     """Each time from where the resumed one stood, over three epochs of a few buffers."""
     monkeypatch.setattr(bow_mae, "BUFFER_TEXTS", 7)
-    config = data_config(write_files(tmp_path / "data", TEXTS[:70], count, ending), num_shards)
+    config = data_config(write_files(tmp_path / "data", TEXTS[:70], 3, ending), num_shards)
     shards = range(num_shards)
     expected = list(itertools.islice(make_stream(config, shards), 14 * num_shards))
     assert expected[-1][0]["resume_point"]["epoch"] >= 1
@@ -489,7 +457,6 @@ def test_long_texts_are_cut_into_consecutive_sequences():
     text = " ".join(WORDS)
     sequences = bow_mae.cut_sequences(["", text, "unknown words"], TOKENIZER, 16)
     token_ids, word_ids = zip(*sequences, strict=True)
-    assert {(row[0], row[-1]) for row in token_ids} == {(2, 3)}  # [CLS], [SEP]
     assert [len(row) for row in token_ids] == [16] * 7 + [4]
     assert word_ids[1] == [0, *range(1, 15), 0]
     joined = itertools.chain.from_iterable(row[1:-1] for row in token_ids)
@@ -518,31 +485,20 @@ def test_what_is_no_training_data_is_left_out_and_counted(tmp_path, capfd):
 
 
 def test_a_hub_dataset_is_streamed(monkeypatch):
-    def load_dataset(*names, **options):
-        calls.append((*names, options["split"], options["streaming"]))
-        return datasets.Dataset.from_dict({"text": TEXTS[:9]}).to_iterable_dataset()
-
-    calls = []
+    """a/b:c:test is the split `test` of the configuration `c`."""
+    stream = datasets.Dataset.from_dict({"text": TEXTS[:9]}).to_iterable_dataset()
+    load_dataset = mock.Mock(return_value=stream)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for data in ("a/b", "a/b:c:test"):
-        assert sorted(*read_epochs(data_config(data, 2))) == sorted(TEXTS[:9])
-    assert {*calls} == {("a/b", None, "train", True), ("a/b", "c", "test", True)}
+    assert sorted(*read_epochs(data_config("a/b:c:test", 2))) == sorted(TEXTS[:9])
+    load_dataset.assert_called_with("a/b", "c", split="test", streaming=True)
 
 
 # ---- the vocabulary of a new model
 
 
-def learn(texts):
-    """The tokenizer of `tiny`, learnt from texts."""
-    return bow_mae.learn_tokenizer(Config(model="tiny", max_length=64), texts)
-
-
-MARKED = ["में मैं म के को क", "น้ำ นำ ไม่ ไม", "ma má mà mạ mã", "か が は ば ぱ"]
-
-
-@pytest.mark.parametrize("words", MARKED)
+@pytest.mark.parametrize("words", ["में मैं म के को क", "น้ำ นำ ไม่ ไม", "ma má mà mạ mã"])
 def test_words_that_differ_in_a_mark_differ_in_tokens(words):
-    tokenizer = learn([words] * 50)
+    tokenizer = bow_mae.learn_tokenizer(Config(model="tiny", max_length=64), [words] * 50)
     found = [tuple(tokenizer.tokenize(word)) for word in words.split()]
     assert len(set(found)) == len(found) and tokenizer.unk_token not in sum(found, ())
 
@@ -550,12 +506,12 @@ def test_words_that_differ_in_a_mark_differ_in_tokens(words):
 def test_the_vocabulary_comes_from_all_files(tmp_path, monkeypatch):
     """Also where the first file alone has more texts than the sample: b.txt is in Cyrillic."""
     monkeypatch.setattr(bow_mae, "SAMPLE_TEXTS", 200)
-    cyrillic = [text.translate(str.maketrans("abeikl", "абеикл")) for text in TEXTS[300:600]]
-    for name, texts in (("a.txt", TEXTS[:300]), ("b.txt", cyrillic)):
-        (tmp_path / name).write_text("\n".join(texts), encoding="utf-8")
+    cyrillic = [text.replace("a", "я") for text in TEXTS[:300]]
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS[:300]), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n".join(cyrillic), encoding="utf-8")
     config = Config(data=str(tmp_path), model="tiny", max_length=64)
     sample, _ = bow_mae.sample_texts(config, bow_mae.list_files(config))
-    tokenizer = learn(sample)
+    tokenizer = bow_mae.learn_tokenizer(config, sample)
     assert len(sample) == 200
     assert not any(tokenizer.unk_token in tokenizer.tokenize(text) for text in cyrillic)
 
@@ -577,27 +533,17 @@ SHORT = {"lr": 2e-3, "max_length": 64, "batch_size": 64, "steps": 1800, "warmup_
 
 
 def test_defaults_are_the_papers_or_those_of_a_short_run(capfd):
-    for model, expected in (("some/folder", PAPER), ("tiny", SHORT)):
+    for model, expected in (("some/folder", PAPER), ("tiny", SHORT), ("small", {"lr": 5e-4})):
         config = vars(config_of("--model", model))
         assert {name: config[name] for name in expected} == expected
         assert f"--lr {expected['lr']} " in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("size, lr, std", [("tiny", 2e-3, 0.05), ("small", 5e-4, 0.025)])
-def test_a_larger_new_model_starts_from_smaller_weights_and_learns_slower(size, lr, std):
-    """With width 128 by 0.05, with four times the width by half of that."""
-    lm = bow_mae.fresh_lm(Config(model=size, max_length=64), TOKENIZER)
-    assert config_of("--model", size).lr == lr
-    assert lm.config.initializer_range == std
-
-
 def test_learning_rate_and_bow_weight_follow_the_cosine(unbroken):
     """lr peaks at 2e-3 in step 4, ends at 2e-4; λ goes from 1 to 0.1; loss = mlm + λ·bow."""
     rows = {row["step"]: row for row in records(unbroken, "lr")}
-    up, down = 1 + math.sqrt(0.5), 1 - math.sqrt(0.5)  # 1 + cos at a quarter and three quarters
-    rates = {1: 5e-4, 2: 1e-3, 4: 2e-3, 8: 2e-4 + 9e-4 * up, 12: 1.1e-3}
-    rates |= {16: 2e-4 + 9e-4 * down, 20: 2e-4}
-    weights = {5: 0.1 + 0.45 * up, 10: 0.55, 15: 0.1 + 0.45 * down, 20: 0.1}
+    rates = {1: 5e-4, 4: 2e-3, 8: 2e-4 + 9e-4 * (1 + math.sqrt(0.5)), 12: 1.1e-3, 20: 2e-4}
+    weights = {5: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 10: 0.55, 20: 0.1}
     assert {step: rows[step]["lr"] for step in rates} == pytest.approx(rates)
     assert {step: rows[step]["bow_weight"] for step in weights} == pytest.approx(weights)
     weighted = [row["mlm_loss"] + row["bow_weight"] * row["bow_loss"] for row in rows.values()]
@@ -605,7 +551,7 @@ def test_learning_rate_and_bow_weight_follow_the_cosine(unbroken):
 
 
 def test_evaluation_equals_a_loop(unbroken):
-    """Held-out losses and coverage of the saved model, one sequence at a time."""
+    """Held-out losses and coverage of the saved model, from all of its logits."""
     config = config_of(*SMALL)
     texts, fraction = bow_mae.sample_texts(config, bow_mae.list_files(config))
     tokenizer = AutoTokenizer.from_pretrained(unbroken)
@@ -613,17 +559,17 @@ def test_evaluation_equals_a_loop(unbroken):
     special = special_ids(tokenizer, len(tokenizer))
     mlm, bow, coverage = [], [], []
     for batch in bow_mae.held_out_batches(config, tokenizer, texts, fraction):
-        chosen = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        chosen.view(-1)[batch["masked_positions"]] = True
-        for row in zip(batch["original_ids"], batch["input_ids"], chosen, strict=True):
-            own = row[0] != tokenizer.pad_token_id
-            original, masked, chosen_here = (values[own][None] for values in row)
-            with torch.no_grad():
-                logits, unmasked = lm(masked).logits, lm(original).logits[:, 0]
-            targets = original[chosen_here]
-            mlm += F.cross_entropy(logits[chosen_here], targets, reduction="none").tolist()
-            bow.append(bow_loss(logits[:, 0], original, special).item())
-            coverage.append(term_coverage(unmasked, original, special).item())
+        original_ids, positions = batch["original_ids"], batch["masked_positions"]
+        attention_mask = (original_ids != tokenizer.pad_token_id).long()
+        with torch.no_grad():
+            logits = lm(batch["input_ids"], attention_mask).logits
+            unmasked = lm(original_ids, attention_mask).logits[:, 0]
+        targets = original_ids.flatten()[positions]
+        masked = logits.flatten(0, 1)[positions]
+        mlm += F.cross_entropy(masked, targets, reduction="none").tolist()
+        for cls_logits, ids in zip(logits[:, 0], original_ids, strict=True):
+            bow.append(bow_loss(cls_logits[None], ids[None], special).item())
+        coverage += term_coverage(unmasked, original_ids, special).tolist()
     found = records(unbroken, "eval_mlm_loss")[-1].values()
     assert [*found] == pytest.approx([20, *map(np.mean, (mlm, bow, coverage))], rel=1e-4)
 
@@ -655,12 +601,11 @@ def test_an_ascii_locale_breaks_neither_reading_nor_writing(tmp_path):
 
 
 def test_resume_after_kill_is_exact(unbroken, tmp_path):
-    """SIGKILL at four moments, each after the point that the run killed before had reached."""
+    """SIGKILL at three moments, each after the point that the run killed before had reached."""
     flags = ["--output", tmp_path, "--workers", 1]
     for event, name, count in [
         ("open", "metrics.jsonl", 10),  # between steps 5 and 10
         ("open", ".checkpoint.tmp/modules.json", 1),  # while a checkpoint is written
-        ("os.rename", "checkpoint-", 1),  # after that, before it has its name
         ("shutil.copyfile", "model.safetensors", 1),  # while the model is put in place
     ]:
         ended = start(*flags, before=signal_at(signal.SIGKILL, event, name, count))
@@ -680,25 +625,16 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_resume_after_a_signal_is_exact(number, unbroken, tmp_path, monkeypatch, capfd):
+def test_resume_after_a_signal_is_exact(number, unbroken, tmp_path, capfd):
     """It arrives while step 5 is saved. The next step ends the run, though none is logged."""
-    save_checkpoint = bow_mae.save_checkpoint
-
-    def interrupted(*arguments):
-        save_checkpoint(*arguments)
-        if arguments[1]["step"] == 5:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(bow_mae, "save_checkpoint", interrupted)
     flags = ["--output", tmp_path, "--workers", 1]
+    before = signal_at(number, "os.rename", "checkpoint-5", 1)
+    ended = start(*flags, "--log_every", 1000, before=before)
+    assert ended.returncode == 128 + number and "step 6 is saved" in ended.stdout
     handler = signal.getsignal(number)
-    with pytest.raises(SystemExit) as stop:
-        train(*flags, "--log_every", 1000)
-    assert stop.value.code == 128 + number and "step 6 is saved" in capfd.readouterr().out
-    assert signal.getsignal(number) == handler
     train(*flags)
     assert "resuming from step 6" in capfd.readouterr().out
-    assert same_run(tmp_path, unbroken)
+    assert same_run(tmp_path, unbroken) and signal.getsignal(number) == handler
 
 
 def test_two_processes_stopped_twice_give_the_losses_of_one(tmp_path):
@@ -759,14 +695,12 @@ def test_a_run_of_other_flags_or_files_is_refused_and_a_finished_one_says_so(tmp
     assert same_run(output, tmp_path / "before")
 
 
-SPOILT = {"--warmup_steps 4": "loss is nan at", "--steps 1 --warmup_steps 0": "eval_mlm_loss is"}
-
-
-@pytest.mark.parametrize("flags, message", SPOILT.items())
-def test_a_loss_that_is_not_finite_stops_the_run(flags, message, tmp_path, capfd):
+@pytest.mark.parametrize("steps, message", [(20, "loss is nan at"), (1, "eval_mlm_loss is")])
+def test_a_loss_that_is_not_finite_stops_the_run(steps, message, tmp_path, capfd):
     """Nothing is saved, even where it was the last step that spoilt the weights."""
-    flags = ["--output", tmp_path, "--lr", 1e30, *flags.split()]
-    assert message in error_of(capfd, train, *flags) and not list(tmp_path.glob("checkpoint-*"))
+    flags = ["--output", tmp_path, "--lr", 1e30, "--steps", steps, "--warmup_steps", 0]
+    assert message in error_of(capfd, train, *flags)
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_the_saved_folder_tells_sentence_transformers_cls_and_dot_product(unbroken):
@@ -781,51 +715,32 @@ def test_the_saved_folder_tells_sentence_transformers_cls_and_dot_product(unbrok
 
 # ---- bad input
 
+HEADLESS = write_model(FOLDER / "headless", has_head=False)
 BAD_FLAGS = {  # what the message must say
     "--steps 0": "--steps 0 must be at least 1",
     "--mask_ratio 0": "--mask_ratio 0.0",
     "--micro_batch_size 3": "--batch_size 8 is not a multiple of",
     "--warmup_steps 20": "--warmup_steps 20",
-    "--data nowhere.jsonl": "nowhere.jsonl: found no file",
-    "--data nobody/nothing": "nobody/nothing cannot be read",
-    "--data *.*": "found .jsonl and .txt",
     "--data .": "--output out lies inside --data .",
     "--text_columns text boddy": "boddy",
-    "--model nobody/nothing": "nobody/nothing",
-    "--model short": "32 tokens (its max_position_embeddings is 20)",
-    "--model headless": "--model headless",
-    "--output short": "has a model but no checkpoints",
+    f"--model {MODEL} --max_length 161": "161 tokens (its max_position_embeddings is 160)",
+    f"--model {HEADLESS}": "is missing or gets no gradient",
+    f"--output {MODEL}": "has a model but no checkpoints",
     "--batch_size 800": "no text for shard",
 }
 GOOD = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(120))
 BAD_FILES = [  # name, content, what the message must say
     ("malformed.jsonl", GOOD + '{"text": "ba ke"\n' + GOOD, '{"text": "ba ke"'),
     ("number.jsonl", GOOD + '{"text": 7}\n', "{'text': 7}"),
-    ("array.jsonl", GOOD + "[1, 2]\n", "[1, 2]"),
-    ("missing.jsonl", GOOD + '{"content": "ba"}\n', "{'content': 'ba'}"),
-    ("latin.txt", "ba ke\ncafé\n".encode("latin-1"), "latin.txt"),
     ("truncated.jsonl.gz", gzip.compress(GOOD.encode())[:-200], "truncated.jsonl.gz"),
-    ("none.parquet", GOOD, "none.parquet"),
     ("unknown.pdf", GOOD, "found .pdf"),
 ]
 
 
-@pytest.fixture(scope="session")
-def workplace():
-    """A folder with a good corpus, one of another format, and models that cannot be trained."""
-    folder = FOLDER / "workplace"
-    short = transformers.BertConfig(**SIZES, max_position_embeddings=20)
-    AutoModelForMaskedLM.from_config(short).save_pretrained(folder / "short")
-    TOKENIZER.save_pretrained(folder / "short")
-    write_model(folder / "headless", has_head=False)
-    (folder / "good.jsonl").write_text(GOOD)
-    (folder / "other.txt").write_text("ba ke\n")
-    return folder
-
-
-@pytest.mark.parametrize("flags, message", BAD_FLAGS.items(), ids=BAD_FLAGS)
-def test_a_bad_flag_gives_one_line(flags, message, workplace, monkeypatch, capfd):
-    monkeypatch.chdir(workplace)
+@pytest.mark.parametrize("flags, message", BAD_FLAGS.items())
+def test_a_bad_flag_gives_one_line(flags, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("good.jsonl").write_text(GOOD)
     flags = ["--data", "good.jsonl", "--output", "out", *flags.split()]
     assert message in error_of(capfd, train, *flags)
 
@@ -905,11 +820,6 @@ def retrieval(*flags):
     eval_retrieval.main([str(flag) for flag in flags])
 
 
-def read_run(output):
-    """The ranking that an evaluation wrote."""
-    return eval_retrieval.read_run(output / "run.trec")
-
-
 def load(data, split="test"):
     """The task of a split."""
     return eval_retrieval.load_task(RetrievalConfig(data=str(data)), split)
@@ -924,30 +834,41 @@ def evaluated():
 
 # ---- metrics, BM25 and tasks
 
-HAND = ({"a": 2.0, "b": 3.0, "c": 1.0, "d": 0.5}, {"a": 2, "b": 0, "d": 1, "e": 1})
-HAND_GAINS = (2 / math.log2(3) + 1 / math.log2(5), 2 + 1 / math.log2(3) + 1 / math.log2(4))
-DEEP = ({f"{i:04}": -float(i) for i in range(1, 1200)}, {"0011": 1, "0051": 1, "1001": 1})
-TIE = {"10": 1 + 1e-8, "9": 1.0}  # equal as float32
-METRICS = {  # run, judgements, relevance level, metrics
-    "by hand": (*HAND, 1, {"MRR@10": 1 / 2, "MAP@1000": (1 / 2 + 2 / 4) / 3, "Recall@50": 2 / 3}),
-    "gains": (*HAND, 1, {"nDCG@10": HAND_GAINS[0] / HAND_GAINS[1], "Hit@1": 0, "Hit@10": 1}),
-    "level 2": (*HAND, 2, {"MAP@1000": 1 / 2, "nDCG@10": HAND_GAINS[0] / HAND_GAINS[1]}),
-    "level 3": (*HAND, 3, {"MRR@10": 0, "Recall@50": 0}),
-    "cut at 10": (*DEEP, 1, {"MRR@10": 0, "nDCG@10": 0, "Hit@10": 0}),
-    "cut deeper": (*DEEP, 1, {"Recall@50": 1 / 3, "Recall@100": 2 / 3, "Recall@1000": 2 / 3}),
-    "cut at 1000": (*DEEP, 1, {"MAP@1000": (1 / 11 + 2 / 51) / 3, "Hit@50": 1}),
-    "a tie": (TIE, {"9": 1}, 1, {"MRR@10": 1}),  # ranked by falling id, as bytes
-    "missing": ({}, {"a": 1}, 1, {"MRR@10": 0, "nDCG@10": 0, "MAP@1000": 0}),
-}
+
+def test_metrics_by_hand():
+    """The ranking is b, a, c, d, and e is not found."""
+    run = {"q": {"a": 2.0, "b": 3.0, "c": 1.0, "d": 0.5}}
+    qrels = {"q": {"a": 2, "b": 0, "d": 1, "e": 1}}
+    found = evaluate_run(run, qrels)["q"]
+    assert (found["MRR@10"], found["Hit@1"], found["Hit@10"]) == (1 / 2, 0, 1)
+    assert found["MAP@1000"] == pytest.approx((1 / 2 + 2 / 4) / 3)
+    assert found["Recall@50"] == pytest.approx(2 / 3)
+    gain = 2 / math.log2(3) + 1 / math.log2(5)
+    ideal = 2 + 1 / math.log2(3) + 1 / math.log2(4)
+    assert found["nDCG@10"] == pytest.approx(gain / ideal)
+    strict = evaluate_run(run, qrels, relevance_level=2)["q"]
+    assert (strict["MAP@1000"], strict["nDCG@10"]) == (1 / 2, found["nDCG@10"])
 
 
-@pytest.mark.parametrize("run, judged, level, expected", METRICS.values(), ids=METRICS)
-def test_metrics(run, judged, level, expected):
-    found = evaluate_run({"1": run, "2": run} if run else {}, {"1": judged, "2": {"a": 0}}, level)
-    assert found.keys() == {"1"}  # query 2 has no relevant passage
-    assert {name: found["1"][name] for name in expected} == pytest.approx(expected)
-    short = evaluate_run({"1": run}, {"1": judged}, level, top_k=20)["1"]
-    assert short.keys() == {"MRR@10", "nDCG@10", "Hit@1", "Hit@10"}  # no deeper metric
+def test_metrics_are_cut_at_their_depth():
+    """Passages with the ranks 11, 51 and 1001 are relevant."""
+    run = {"q": {f"{rank:04}": -float(rank) for rank in range(1, 1200)}}
+    qrels = {"q": {"0011": 1, "0051": 1, "1001": 1}}
+    found = evaluate_run(run, qrels)["q"]
+    assert found["MRR@10"] == found["nDCG@10"] == found["Hit@10"] == 0
+    assert found["MAP@1000"] == pytest.approx((1 / 11 + 2 / 51) / 3)
+    recalls = [found[f"Recall@{depth}"] for depth in (50, 100, 1000)]
+    assert recalls == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+    shallow = evaluate_run(run, qrels, top_k=20)["q"]
+    assert shallow.keys() == {"MRR@10", "nDCG@10", "Hit@1", "Hit@10"}
+
+
+def test_ties_and_missing_queries_are_treated_as_by_trec_eval():
+    """Scores that are equal as float32 are ranked by falling id; a query without hits has 0."""
+    run = {"tie": {"10": 1 + 1e-8, "9": 1.0}, "irrelevant": {"a": 1.0}}
+    qrels = {"tie": {"9": 1}, "missing": {"a": 1}, "irrelevant": {"a": 0}}
+    found = evaluate_run(run, qrels)
+    assert {name: values["MRR@10"] for name, values in found.items()} == {"tie": 1, "missing": 0}
 
 
 def test_answers_match_whole_words():
@@ -982,10 +903,7 @@ def test_bm25_follows_the_textbook():
 BM25_TERMS = {
     "The cat is in A.B.C. 1,000 don't": ["cat", "a.b.c", "1,000", "don't"],
     "BM25は検索 モデル": ["bm25", "は検", "検索", "モデ", "デル"],
-    "字": ["字"],
     "मेरी किताब": ["मेरी", "किताब"],  # a vowel sign belongs to its word
-    "ไปที่": ["ไป", "ปที่"],  # or, in bigrams, to its character
-    "Cafe\u0301 Caf\u00e9": ["caf\u00e9"] * 2,
 }
 
 
@@ -1007,32 +925,24 @@ def test_judgements_and_answers_are_both_reported(tmp_path):
     assert read_json(tmp_path, "out/metrics.json").items() > {**hits, "Hit@1": 0}.items()
 
 
-@pytest.mark.parametrize(
-    "repository, config, single",
-    [("a/x-qrels", None, ""), ("a/x", "default", ""), ("a/x", "qrels", "s")],
-)
-def test_hub_layouts(repository, config, single, monkeypatch):
-    """BEIR's pair, and MTEB's and NanoBEIR's single repository; in the last all splits are s."""
-    judgements = {"query-id": [2], "corpus-id": [1], "score": [1.0]}
+@pytest.mark.parametrize("judged", ["a/x-qrels", "a/x default", "a/x qrels"])
+def test_hub_layouts(judged, monkeypatch):
+    """BEIR's pair, and the single repositories of MTEB and NanoBEIR; any single split is `test`."""
     tables = {
-        ("a/x", "corpus"): {single or "corpus": {"_id": ["1"], "title": [None], "text": ["ke"]}},
-        ("a/x", "queries"): {single or "queries": {"_id": ["2"], "text": ["di"]}},
-        (repository, config): {single or "test": judgements},
+        "a/x corpus": {"_id": ["1"], "title": [None], "text": ["ke"]},
+        "a/x queries": {"_id": ["2"], "text": ["di"]},
+        judged: {"query-id": [2], "corpus-id": [1], "score": [1.0]},
     }
 
-    def load_dataset(path, name=None):
-        make = datasets.Dataset.from_dict
-        return {split: make(table) for split, table in tables[path, name].items()}
+    def load_dataset(*names):
+        return {"train": datasets.Dataset.from_dict(tables[" ".join(names)])}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    configs = [name for path, name in tables if path == "a/x"]
+    configs = [name.removeprefix("a/x ") for name in tables]
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: configs)
     task = load("a/x")
     assert eval_retrieval.passage_texts(task.passages, [0]) == ["ke"]
     assert (task.queries, task.qrels) == ({"2": "di"}, {"2": {"1": 1}})
-    judgements["score"] = [0.7]
-    with pytest.raises(bow_mae.UserError, match=r"0\.7"):
-        load("a/x")
 
 
 def test_missing_passages_and_queries_are_counted(tmp_path, capfd):
@@ -1052,7 +962,7 @@ def test_a_passage_with_the_id_of_its_query_is_dropped(tmp_path):
     (data / "qrels/test.tsv").write_text("d1\td1\t1\nd2\td3\t1\n")
     for name, flags in {"out": [], "kept": ["--keep_identical_ids"]}.items():
         retrieval(*BM25, tmp_path / name, "--data", data, *flags)
-        found = read_run(tmp_path / name)
+        found = read_run(tmp_path / name / "run.trec")
         assert "d1" in found["d1"] and ("d2" in found["d2"]) == (name == "kept")
 
 
@@ -1089,47 +999,28 @@ def test_settings_come_from_sentence_transformers_files(tmp_path):
         assert encoder.prefixes == {"queries": "", "passages": "ke "}
 
 
-@pytest.mark.parametrize("flags", [(), ("mean", "cos"), ("mean", "dot"), ("cls", "cos")])
-def test_a_long_prefix_leaves_room_for_the_text(flags):
+def test_a_long_prefix_leaves_room_for_the_text():
     """It is not counted in --max_query_length and --max_passage_length, here both 32."""
     prefix, texts = "ke " * 40, ["baba keke", "didi lolo dididi"]
-    own = dict(zip(("pooling", "similarity"), flags, strict=False))  # override those of the folder
-    encoder = make_encoder(MODEL, query_prefix=prefix, passage_prefix=prefix, **own)
-    expected = plain_vectors(MODEL, [prefix + text for text in texts], *flags)
+    encoder = make_encoder(MODEL, query_prefix=prefix, passage_prefix=prefix)
+    expected = plain_vectors(MODEL, [prefix + text for text in texts])
     assert not np.allclose(*expected, atol=1e-3)
     for side in ("queries", "passages"):
         np.testing.assert_allclose(encoder.encode(texts, side), expected, atol=1e-5)
 
 
-def test_queries_that_are_cut_are_counted(tmp_path, capfd):
-    """All have three words, and [CLS] and [SEP]."""
-    for length, is_cut in ((4, True), (5, False)):
-        retrieval(*EVALUATE, tmp_path, "--max_query_length", length)
-        assert ("30 of 30 queries are cut" in capfd.readouterr().out) == is_cut
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """A list that receives the number of texts at each encoding."""
-    numbers, encode = [], eval_retrieval.Encoder.encode
-    count = numbers.append
-    monkeypatch.setattr(eval_retrieval.Encoder, "encode", lambda *a: count(len(a[1])) or encode(*a))
-    return numbers
-
-
-def test_finished_vectors_are_reused(tmp_path, encoded):
-    """Only by the same weights and flags; those of others are removed."""
+def test_finished_vectors_are_reused(tmp_path):
+    """Only by the same weights; those of others are removed."""
     flags = [*EVALUATE, tmp_path / "out", "--model", write_model(tmp_path / "model")]
     retrieval(*flags)
-    (file,) = (tmp_path / "out/vectors/passages").glob("*/0000000016.npy")
-    file.unlink()  # as if the run had been interrupted
+    files = sorted(tmp_path.glob("out/vectors/passages/*/*.npy"))
+    written = files[0].stat().st_mtime_ns
+    files[1].unlink()  # as if the run had been interrupted
     retrieval(*flags)
-    assert sum(encoded) == 100 + 16
-    retrieval(*flags, "--max_passage_length", 8)
-    assert sum(encoded) == 100 + 16 + 70 and not file.parent.exists()
+    assert files[1].exists() and files[0].stat().st_mtime_ns == written
     write_model(tmp_path / "model", seed=1)
-    retrieval(*flags, "--max_passage_length", 8)
-    assert sum(encoded) == 100 + 16 + 70 + 100
+    retrieval(*flags)
+    assert not files[0].exists()
 
 
 # ---- evaluation and search
@@ -1137,12 +1028,12 @@ def test_finished_vectors_are_reused(tmp_path, encoded):
 
 def test_evaluation_equals_a_plain_loop(evaluated):
     """All files that it writes agree."""
-    task, found = load(BEIR), read_run(evaluated)
+    task, found = load(BEIR), read_run(evaluated / "run.trec")
     texts = [f"{passage['title'] or ''} {passage['text']}".strip() for passage in PASSAGES]
     scores = plain_vectors(MODEL, task.queries.values()) @ plain_vectors(MODEL, texts).T
     for query_id, own in zip(task.queries, scores, strict=True):
         assert found[query_id] == pytest.approx(dict(zip(task.rows, own, strict=True)), abs=1e-4)
-    rows = [json.loads(line) for line in (evaluated / "per_query.jsonl").open()]
+    rows = read_jsonl(evaluated, "per_query.jsonl")
     assert {row.pop("query_id"): row for row in rows} == evaluate_run(found, task.qrels)
     means = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
     assert read_json(evaluated, "metrics.json") == pytest.approx(means)
@@ -1155,24 +1046,17 @@ def test_two_processes_write_the_run_file_of_one(evaluated, tmp_path):
     assert same_file("run.trec", tmp_path, evaluated)
 
 
-INDEXES = {"SQfp16": "note", "HNSW32": "note", "IVF2,Flat nprobe=2": "note"}
-INDEXES |= {"IVF8,Flat": "warning", "PCA2,Flat": "warning"}
-
-
-@pytest.mark.parametrize("index, level", INDEXES.items())
-def test_recall_of_other_indexes_is_printed(index, level, evaluated, tmp_path, capfd):
-    """At depth 10 and at the depth of the search; below .9 it is a warning."""
+@pytest.mark.parametrize("index, level", [("IVF2,Flat nprobe=2", "note"), ("PCA2,Flat", "warning")])
+def test_recall_of_other_indexes_is_printed(index, level, tmp_path, capfd):
+    """At depth 10 and at the depth of the search, 17 beyond --top_k; a warning below .9."""
     retrieval(*EVALUATE, tmp_path, "--index", index, "--top_k", 20)
-    line = rf"{level}: .* recall (\S+) at 10, (\S+) at \d\d"
-    recalls = [float(recall) for recall in re.search(line, capfd.readouterr().out).groups()]
-    tops = [[set(list(hits)[:10]) for hits in read_run(o).values()] for o in (evaluated, tmp_path)]
-    shares = [len(exact & found) / 10 for exact, found in zip(*tops, strict=True)]
-    assert recalls[0] == pytest.approx(np.mean(shares), abs=0.01)
-    assert (min(recalls) < 0.9) == (level == "warning")
+    line = rf"{level}: .* recall (\S+) at 10, (\S+) at 37"
+    recalls = re.search(line, capfd.readouterr().out).groups()
+    assert (min(map(float, recalls)) < 0.9) == (level == "warning")
 
 
-def test_search_needs_only_output(evaluated, finetuned, tmp_path, capfd, encoded):
-    """Its flags are those of an evaluation or search; it encodes what is missing."""
+def test_search_needs_only_output(evaluated, finetuned, tmp_path, capfd):
+    """Its flags are those of an earlier evaluation or search, not those of fine-tuning."""
 
     def search(output, *flags):
         capfd.readouterr()
@@ -1182,27 +1066,22 @@ def test_search_needs_only_output(evaluated, finetuned, tmp_path, capfd, encoded
         return float(found[0][0])
 
     shutil.copytree(evaluated, tmp_path / "evaluated")
-    assert search("evaluated") > 2 and encoded == [1]  # the question
-    write_jsonl(tmp_path / "data/corpus.jsonl", PASSAGES)
-    score = search("new", "--model", MODEL, "--data", tmp_path / "data", "--similarity", "cos")
-    assert sum(encoded) == 1 + 70 + 1 and score <= 1.001
+    assert search("evaluated") > 2
+    assert search("evaluated", "--similarity", "cos") <= 1.001  # given flags come first
+    write_jsonl(tmp_path / "data/corpus.jsonl", PASSAGES)  # without queries
+    score = search("new", "--model", MODEL, "--data", tmp_path / "data")
     assert search("new") == score
-    assert search("new", "--similarity", "dot") > 2  # given flags come first
-    argv = ["search", "ba", "--output", str(finetuned[1])]  # names the model it started from
+    argv = ["search", "ba", "--output", str(finetuned[1])]
     assert eval_retrieval.parse_command(argv)[2].model == RetrievalConfig().model
 
 
-def test_compare_prints_differences_and_p_values(evaluated, tmp_path, capfd):
-    flags = [*BM25, tmp_path, "--data", BEIR, "--compare"]
-    retrieval(*flags, evaluated / "run.trec")
+def test_compare_gives_differences_and_p_values(evaluated, tmp_path):
+    retrieval(*BM25, tmp_path, "--data", BEIR, "--compare", evaluated / "run.trec")
     ours, theirs = (read_json(path, "metrics.json") for path in (tmp_path, evaluated))
     found = read_json(tmp_path, "compare.json")
     differences = {name: ours[name] - theirs[name] for name in ours}
     assert {name: found[name]["difference"] for name in found} == pytest.approx(differences)
     assert differences["MRR@10"] > 0.3 and found["MRR@10"]["p"] < 0.001
-    (tmp_path / "other.trec").write_text("q40 Q0 d40 1 1.0 tag\n")  # 1 of 30 queries
-    retrieval(*flags, tmp_path / "other.trec")
-    assert "29 queries are not in" in capfd.readouterr().out
 
 
 def test_explain_prints_the_terms_of_cls(capfd):
@@ -1233,10 +1112,9 @@ def finetuned():
 
 @pytest.fixture(scope="session")
 def finetuned_on_two(finetuned):
-    """The output of the same on two processes, with a cache of their own."""
-    options = {"processes": 2, "env": {"HF_DATASETS_CACHE": str(FOLDER / "cache_of_two")}}
+    """The output of the same on two processes."""
     output = FOLDER / "finetuned_on_two"
-    ended = start(*finetuned[0], "--output", output, module="eval_retrieval", **options)
+    ended = start(*finetuned[0], "--output", output, module="eval_retrieval", processes=2)
     assert ended.returncode == 0, ended.stderr
     return output
 
@@ -1289,28 +1167,16 @@ def test_fine_tuning_on_two_processes_equals_one(finetuned, finetuned_on_two):
     for name in ("loss", "grad_norm"):
         ours, theirs = ([row[name] for row in rows] for rows in (one, two))
         assert theirs == pytest.approx(ours, rel=1e-4) and len(ours) == 10
-    # Both found the corpus in the same cache, whatever the seeds of their hashes.
-    assert len(list(FOLDER.glob("cache_of_two/generator/*"))) == 1
 
 
-SIGNAL_IN_STEP_5 = """
-make_step = eval_retrieval.make_step
-def interrupted(*arguments):
-    if arguments[-1] == 5 and os.environ.get("RANK", "0") == "0":
-        os.kill(os.getpid(), {number})
-    return make_step(*arguments)
-eval_retrieval.make_step = interrupted
-"""
-
-
-@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 5), (signal.SIGKILL, 4)])
-def test_fine_tuning_resumes_exactly(number, step, finetuned, finetuned_on_two, tmp_path):
+@pytest.mark.parametrize("number, count, step", [(signal.SIGTERM, 3, 5), (signal.SIGKILL, 4, 4)])
+def test_fine_tuning_resumes_exactly(number, count, step, finetuned, finetuned_on_two, tmp_path):
     """SIGTERM, here to one of two processes, is honoured at once, also between log lines."""
-    flags = [*finetuned[0], "--log_every", 100, "--output", tmp_path]
+    flags = [*finetuned[0], "--log_every", 2, "--output", tmp_path]
     options = {"module": "eval_retrieval", "processes": 2 if number == signal.SIGTERM else 1}
-    ended = start(*flags, **options, before=SIGNAL_IN_STEP_5.format(number=int(number)))
+    ended = start(*flags, **options, before=signal_at(number, "open", "metrics.jsonl", count))
     assert ended.returncode in (1, -number), ended.stderr
-    ended = start(*flags, **options, before="pass")
+    ended = start(*flags, **options)
     assert ended.returncode == 0 and f"resuming from step {step}" in ended.stdout, ended.stderr
     unbroken = finetuned_on_two if number == signal.SIGTERM else finetuned[1]
     assert same_file("model.safetensors", tmp_path, unbroken)
@@ -1321,14 +1187,10 @@ def test_no_resume_with_another_model_or_data(tmp_path, capfd):
     data, model = write_beir(tmp_path / "data"), write_model(tmp_path / "model")
     flags = ["finetune", *STEPS, "--steps", 1, "--model", model, "--data", data]
     flags += ["--output", tmp_path / "out"]
-    for _ in range(2):
-        retrieval(*flags)
-    assert "this run is finished: 1 steps" in capfd.readouterr().out
-    for name, old, new in (("qrels/train.tsv", "q1\td1", "q1\td2"), ("corpus.jsonl", "ba", "ke")):
-        content = (data / name).read_text()
-        (data / name).write_text(content.replace(old, new))
-        assert "other content of --data" in error_of(capfd, retrieval, *flags)
-        (data / name).write_text(content)
+    retrieval(*flags)
+    judged = data / "qrels/train.tsv"
+    judged.write_text(judged.read_text().replace("q1\td1", "q1\td2"))
+    assert "other content of --data" in error_of(capfd, retrieval, *flags)
     write_model(tmp_path / "model", seed=1)
     assert "other content of --model" in error_of(capfd, retrieval, *flags)
 
@@ -1343,67 +1205,54 @@ def test_known_positives_are_no_negatives(tmp_path):
     flags = {"data": str(write_beir(tmp_path, passages)), "negatives": 5}  # five of these four
     config = RetrievalConfig(batch_size=4, micro_batch_size=4, **flags)
     (batch,), false_negatives = make_step(config, TEXTS_ONLY, 1)
-    for (i, query), (j, passage) in itertools.product(*map(enumerate, list(batch.values())[1:])):
-        is_own = j == 6 * i  # the positive that the query brings
-        assert false_negatives[i, j] == (query in passage and not is_own)
+    for i, query in enumerate(batch["queries"]):
+        for j, passage in enumerate(batch["passages"]):
+            is_own = j == 6 * i  # the positive that the query brings
+            assert false_negatives[i, j] == (query in passage and not is_own)
 
 
-def test_an_epoch_has_each_query_once_with_new_negatives(finetuned):
+def test_an_epoch_has_each_query_once(finetuned):
     config = eval_retrieval.parse_command([*map(str, finetuned[0])])[2]
-    epochs = [{}, {}]
+    epochs = [[], []]
     for step in range(1, 11):
         for batch in make_step(config, TEXTS_ONLY, step)[0]:
-            groups = np.reshape(batch["passages"], (-1, 3)).tolist()
-            epochs[step // 6] |= zip(batch["queries"], groups, strict=True)
-    one, two = epochs
-    assert len(one) == 40 and one.keys() == two.keys() and [*one] != [*two]
-    assert all(one[query][0] == two[query][0] for query in one)  # the only positive
-    assert sum(one[query][1:] != two[query][1:] for query in one) > 20
+            epochs[step // 6].extend(batch["queries"])
+    assert len(set(epochs[0])) == 40
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
 
 
 def test_negatives_files_are_joined(tmp_path, capfd):
     """Positives in them are left out, and queries that no file names are left out and counted."""
-    data, rows = write_beir(tmp_path, num_train=3), [{"query_id": "q1", "negatives": ["d1", "d4"]}]
-    files = [str(write_jsonl(tmp_path / "1.jsonl", rows))]
-    rows = [{"query_id": "q1", "negatives": ["d6"]}, {"query_id": "q2", "negatives": ["d2"]}]
-    files.append(str(write_jsonl(tmp_path / "2.jsonl", rows)))
+    data = write_beir(tmp_path, num_train=3)
+    one = [{"query_id": "q1", "negatives": ["d1", "d4"]}]
+    two = [{"query_id": "q1", "negatives": ["d6"]}, {"query_id": "q2", "negatives": ["d2"]}]
+    files = [write_jsonl(tmp_path / "1.jsonl", one), write_jsonl(tmp_path / "2.jsonl", two)]
     config = RetrievalConfig(data=str(data), negatives_file=files, negatives=1)
     _, examples, _ = eval_retrieval.load_examples(config)
     assert [list(example.positives) for example in examples] == [[1], [2]]
     assert [list(example.negatives) for example in examples] == [[4, 6], []]
-    told = capfd.readouterr().out
-    assert re.search("1 .*queries.* left out", told)
-    assert re.search("1 .*queries get random passages", told)
+    assert re.search("1 .*queries.* left out", capfd.readouterr().out)
 
 
-KINDS = [(head, *kind) for head in (True, False) for kind in (("cls", "dot"), ("mean", "cos"))]
-
-
-@pytest.mark.parametrize("has_head, pooling, similarity", KINDS)
-def test_a_fine_tuned_folder_gives_the_vectors_of_a_plain_loop(
-    has_head, pooling, similarity, tmp_path
-):
-    """Also in SentenceTransformer; the prefixes of fine-tuning are saved as its prompts."""
-    source, output = write_model(tmp_path / "in", has_head, pooling, similarity), tmp_path / "out"
+@pytest.mark.parametrize("pooling, similarity", [("cls", "dot"), ("mean", "cos")])
+def test_a_fine_tuned_folder_equals_a_plain_loop(pooling, similarity, tmp_path):
+    """With a head, and without. The prefixes of fine-tuning are saved as its prompts, and used."""
+    has_head, output = similarity == "dot", tmp_path / "out"
+    source = write_model(tmp_path / "in", has_head, pooling, similarity)
     flags = ["--query_prefix", "ba ", "--passage_prefix", "ke ", "--model", source]
     retrieval("finetune", *STEPS, "--steps", 1, *flags, "--data", BEIR, "--output", output)
-    assert not same_file("model.safetensors", source, output)
-    _, report = AutoModelForMaskedLM.from_pretrained(output, output_loading_info=True)
-    assert bool(report["missing_keys"]) != has_head
     encoder, texts = make_encoder(output), make_texts(99, longest=12)
-    for side, name, prefix in (("queries", "query", "ba "), ("passages", "document", "ke ")):
-        vectors = encoder.encode(texts, side)
+    for side, prefix in (("queries", "ba "), ("passages", "ke ")):
         expected = plain_vectors(output, [prefix + text for text in texts], pooling, similarity)
-        np.testing.assert_allclose(vectors, expected, atol=1e-5)
-        sentence_transformers = pytest.importorskip("sentence_transformers")
-        other = sentence_transformers.SentenceTransformer(str(output), device="cpu")
-        np.testing.assert_allclose(vectors, other.encode(texts, prompt_name=name), atol=1e-5)
+        np.testing.assert_allclose(encoder.encode(texts, side), expected, atol=1e-5)
+    saved = read_json(output, "config_sentence_transformers.json")
+    assert saved["prompts"] == {"query": "ba ", "document": "ke "}
 
 
-@pytest.mark.parametrize("similarity, temperature", [("dot", "1.0"), ("cos", "0.05")])
-def test_cosines_get_a_lower_temperature(similarity, temperature, finetuned, tmp_path, capfd):
-    retrieval(*finetuned[0], "--steps", 1, "--similarity", similarity, "--output", tmp_path)
-    assert re.search(rf"temperature {temperature}\b", capfd.readouterr().out)
+@pytest.mark.parametrize("similarity, temperature", [("dot", 1.0), ("cos", 0.05)])
+def test_cosines_get_a_lower_temperature(similarity, temperature):
+    config = eval_retrieval.complete_config(RetrievalConfig())
+    assert eval_retrieval.plan_steps(config, similarity, 100).temperature == temperature
 
 
 def test_fine_tuning_teaches_to_find(tmp_path):
@@ -1422,74 +1271,36 @@ def test_fine_tuning_teaches_to_find(tmp_path):
     assert found[1] > found[0] + 0.1
 
 
-def mine(data, *depth):
-    """The negatives that BM25 mines, by query id."""
-    flags = ["--data", data, "--depth", *depth, "--output", data / "out"]
-    retrieval("mine", "--model", "bm25", *flags)
-    rows = [json.loads(line) for line in (data / "out/negatives.jsonl").open()]
-    return {row["query_id"]: row["negatives"] for row in rows}
-
-
-def test_positives_are_removed_before_ranks_are_counted(tmp_path):
-    """Only a query's own; a passage with grade 0 is a negative."""
-    retrieval(*BM25, tmp_path / "run", "--data", BEIR, "--split", "train")
-    lines, expected = [], {}
-    for query, hits in read_run(tmp_path / "run").items():
-        names = list(hits)
-        lines.append(f"{query}\t{names[0]}\t2\n{query}\t{names[4]}\t1\n{query}\t{names[3]}\t0\n")
-        expected[query] = (names[1:4] + names[5:])[2:8]
-    (write_beir(tmp_path / "data") / "qrels/train.tsv").write_text("".join(lines))
-    assert mine(tmp_path / "data", 3, 8) == expected
-
-
-def test_passages_with_an_answer_are_removed_after(tmp_path):
-    """All scores are equal, so the greatest id is first: 8 is the positive, 6 has an answer."""
+def test_mining_removes_positives_before_ranks_are_counted_and_answers_after(tmp_path):
+    """All scores are equal, so the greatest id is first. Grade 0 is a negative."""
     passages = [{"_id": str(i), "text": f"ba {i}"} for i in range(9)]
     data = write_beir(tmp_path, passages)
-    write_jsonl(data / "queries.jsonl", [{"_id": "q", "text": "ba", "answers": ["6", "1"]}])
-    (data / "qrels/train.tsv").write_text("q\t8\t1\n")
-    assert mine(data, 1, 3) == {"q": ["7", "5"]}
+    queries = [{"_id": "a", "text": "ba"}, {"_id": "b", "text": "ba", "answers": ["6", "1"]}]
+    write_jsonl(data / "queries.jsonl", queries)
+    (data / "qrels/train.tsv").write_text("a\t7\t2\nb\t8\t1\nb\t5\t1\nb\t4\t0\n")
+    output = tmp_path / "out"
+    retrieval("mine", "--model", "bm25", "--data", data, "--depth", 2, 4, "--output", output)
+    found = [row["negatives"] for row in read_jsonl(output, "negatives.jsonl")]
+    assert found == [["6", "5", "4"], ["4", "3"]]
 
 
 PASSAGE, ASKED, JUDGED = "data/corpus.jsonl", "data/queries.jsonl", "data/qrels/test.tsv"
-POOLING, SETTINGS = "model/1_Pooling/config.json", "model/config_sentence_transformers.json"
-SETTINGS_OF_BERT = "model/sentence_bert_config.json"
-BART = transformers.BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=200)
+SETTINGS = "model/config_sentence_transformers.json"
 BAD_INPUT = [  # flags, file, text added to it (of a model: its new text), what the error must say
     ("", PASSAGE, '{"_id": "d4", "text": ""}', "passage id 'd4' occurs twice"),
-    ("", PASSAGE, "{", "corpus.jsonl, line 71"),
-    ("", PASSAGE, '{"_id": "a", "contents": "b"}', "corpus.jsonl, line 71"),
     ("", PASSAGE, '{"_id": "a", "text": ["b"]}', "line 71: .*text is no text"),
     ("", PASSAGE, '{"_id": "a b", "text": ""}', "the id 'a b' is empty or has white space"),
     ("", ASKED, '{"_id": "q4", "text": ""}', "query q4 occurs twice"),
     ("", ASKED, '{"_id": "a", "text": "b", "answers": "c"}', "line 71: .*answers must be"),
     ("", JUDGED, "q1\td1\t0.7", r"line 32.*0\.7"),
-    ("", JUDGED, "q41\td41\t0", "q41 d41"),
-    ("", JUDGED, "q 1\td1\t1", "the id 'q 1' is empty or has white space"),
-    ("", JUDGED, "q1\td1", "test.tsv, line 32: .*expected query-id"),
     ("", "model/modules.json", '[{"type": "models.Dense", "path": "2_Dense"}]', "Dense"),
-    ("", "model/model.safetensors", "version https://git-lfs.github.com/spec/v1", "--model model"),
-    ("", "model/config.json", BART.to_json_string(), "encoder-decoder"),
-    ("", POOLING, None, "config.json"),  # deleted
-    ("", POOLING, '{"pooling_mode": "max"}', "pooling max"),
-    ("--query_prefix ba", POOLING, '{"include_prompt": false}', "include_prompt"),
-    ("", SETTINGS_OF_BERT, '{"do_lower_case": true}', "do_lower_case"),
+    ("", "model/modules.json", '[{"type": "models.Pooling", "path": "gone"}]', "a Pooling without"),
+    ("--query_prefix ba", "model/1_Pooling/config.json", '{"include_prompt": false}', "include"),
+    ("", "model/sentence_bert_config.json", '{"do_lower_case": true}', "do_lower_case"),
     ("", SETTINGS, '{"similarity_fn_name": "euclidean"}', "euclidean"),
-    ("", SETTINGS, '{"default_prompt_name": "s"}', "default prompt"),
     ("", "out/run.json", '{"config": {"model": "bm25"}}', "has results of --model bm25"),
     ("--compare run.trec", "run.trec", "q1 Q0 d1 1 1 tag\n" * 2, "run.trec, line 2"),
-    ("--compare run.trec", "run.trec", "q1 Q0 d1 1 nan tag", "run.trec, line 1"),
-    ("--data nobody/nothing", "", "", "nobody/nothing"),
-    ("--split dev", "", "", "dev"),
-    ("--max_passage_length 999", "", "", "999"),
-    ("--index Flot", "", "", "--index Flot"),
-    ("--index PQ7", "", "", "--index PQ7"),  # the width is 32
-    ("--index SQ8 nprobe=2", "", "", "--index SQ8 nprobe=2"),
-    ("mine --depth 5 2", "", "", "--depth needs two ranks"),
-    ("finetune --batch_size 8 --steps 3 --warmup_steps 3", "", "", "--warmup_steps 3"),
-    ("finetune --negatives_file n", "n", '{"query_id": "q1", "negatives": ["d99"]}', "n, line 1"),
-    ("recipe --model bm25", "", "", "mines its own negatives"),
-    ("explain", "", "", "explain"),
+    ("--split dev", "data/qrels/other.tsv", "q1\td1\t1", "no qrels/dev.tsv"),
 ]
 
 
@@ -1499,35 +1310,18 @@ def test_bad_input_gives_one_line(flags, name, text, message, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     write_beir(Path("data"))
     write_model(Path("model"))
-    if text is None:
-        Path(name).unlink()
-    elif name:
-        Path(name).parent.mkdir(exist_ok=True)
-        with Path(name).open("w" if name.startswith("model") else "a") as file:
-            file.write(f"{text}\n")
-    command = flags if flags[:1].isalpha() else f"evaluate {flags}"
-    words = re.split(" (?!nprobe)", f"{command} --output out".replace("  ", " "))
-    words += ["--model", "model"] if "--model" not in words else []
-    words += ["--data", "data"] if "--data" not in words else []
+    Path(name).parent.mkdir(exist_ok=True)
+    with Path(name).open("w" if name.startswith("model") else "a") as file:
+        file.write(f"{text}\n")
+    words = f"evaluate --data data --model model --output out {flags}".split()
     assert re.search(message, error_of(capfd, retrieval, *words))
     assert not Path("out/vectors").exists()
 
 
-def test_help_lists_all_flags(capfd):
-    with pytest.raises(SystemExit):
-        retrieval("--help")
-    listed = set(re.findall(r"^  --(\w+)", capfd.readouterr().out, re.MULTILINE))
-    assert listed == {field.name for field in dataclasses.fields(RetrievalConfig)}
-
-
-def test_the_recipe_prints_a_table_of_its_stages(tmp_path, capfd):
-    """Stage 2 starts from --model again, with negatives of the model of stage 1."""
+def test_the_recipe_starts_each_stage_from_the_same_model(tmp_path):
+    """The negatives of stage 2 are those of the model of stage 1."""
     retrieval("--model", MODEL, "--data", BEIR, "--output", tmp_path, *STEPS, "--steps", 1)
-    table = read_json(tmp_path, "table.json")
-    assert [*table] == ["bm25", "zero_shot", "stage1", "stage2"]
-    lines = capfd.readouterr().out.splitlines()[-4:]
-    for line, (name, values) in zip(lines, table.items(), strict=True):
-        assert line.split()[:2] == [name, f"{values['MRR@10']:.4f}"]
+    assert [*read_json(tmp_path, "table.json")] == ["bm25", "zero_shot", "stage1", "stage2"]
     names = ("zero_shot", "stage1/mined", "stage1/model", "stage2/mined", "stage2/model")
     used = [read_json(tmp_path, name, "run.json")["config"]["model"] for name in names]
     assert used == [MODEL, "bm25", MODEL, str(tmp_path / "stage1/model"), MODEL]
@@ -1556,11 +1350,10 @@ def test_every_flag_of_the_readme_exists():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_parses(command):
     words = shlex.split(command)
-    place = next(index for index, word in enumerate(words) if word.endswith(".py"))
-    if words[place] == "bow_mae.py":
-        config_of(*words[place + 1 :])
+    if "bow_mae.py" in words:
+        config_of(*words[words.index("bow_mae.py") + 1 :])
     else:
-        eval_retrieval.parse_command(words[place + 1 :])
+        eval_retrieval.parse_command(words[words.index("eval_retrieval.py") + 1 :])
 
 
 def test_the_commands_of_the_quick_start_run(tmp_path):
@@ -1618,34 +1411,21 @@ def test_the_training_loop_of_the_readme_teaches_the_bag_of_words():
     assert coverage > 0.3  # by chance: 5 of 100 words
 
 
-def test_the_trainer_of_the_readme_divides_the_loss_by_its_micro_batches(tmp_path):
-    """One step of 4 micro-batches has the gradient norm of one step of a batch as large."""
-    pytest.importorskip("accelerate")
-    names, rows = {}, [TOKENIZER("baba keke lodi mumu")] * 64
+def test_the_trainer_of_the_readme_adds_the_bag_of_words_loss():
+    """Its `compute_loss` alone, as a whole Trainer needs the package accelerate."""
+    names = {}
     exec(program("from transformers import Trainer"), names)
-    collator = transformers.DataCollatorForLanguageModeling(TOKENIZER, mlm_probability=1.0)
-    collator.mask_replace_prob, collator.random_replace_prob = 1.0, 0.0  # the same in each batch
-    found = {}
-    for count in (1, 4):
-        torch.manual_seed(0)
-        model = bow_mae.fresh_lm(Config(model="tiny", max_length=64), TOKENIZER)
-        arguments = transformers.TrainingArguments(
-            str(tmp_path),
-            max_steps=40,
-            per_device_train_batch_size=16 // count,
-            gradient_accumulation_steps=count,
-            learning_rate=1e-3,
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-        )
-        trainer = names["BowTrainer"](
-            model, arguments, collator, train_dataset=rows, processing_class=TOKENIZER
-        )
-        trainer.train()
-        found[count] = [row for row in trainer.state.log_history if "grad_norm" in row]
-    assert found[4][0]["grad_norm"] == pytest.approx(found[1][0]["grad_norm"], rel=1e-3)
-    assert found[1][-1]["loss"] < found[1][0]["loss"] - 1
+    lm = random_model("mlm").lm
+    batch = TOKENIZER(["baba keke lodi", "mumu"], padding=True, return_tensors="pt")
+    labels = batch["input_ids"].clone()
+    inputs = {**batch, "labels": labels, "input_ids": torch.full_like(labels, 4)}  # all masked
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    trainer = SimpleNamespace(accelerator=accelerator, processing_class=TOKENIZER, bow_weight=0.5)
+    loss = names["BowTrainer"].compute_loss(trainer, lm, inputs)
+    output = lm(**inputs)
+    special = special_ids(TOKENIZER, lm.config.vocab_size)
+    expected = output.loss + 0.5 * bow_loss(output.logits[:, 0], labels, special)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_the_benchmark_of_the_readme_compares_the_objectives(tmp_path):
@@ -1653,26 +1433,18 @@ def test_the_benchmark_of_the_readme_compares_the_objectives(tmp_path):
     command = [sys.executable, "bench.py", *SMALL, "--output", "out"]
     env = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
     ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    rows = re.findall(r"^(\w+) .*x mlm (\S+) \((\S+)-(\S+)\)$", ended.stdout, re.MULTILINE)
-    assert [row[0] for row in rows] == ["mlm", "bow", "enhanced"], ended.stderr
-    assert rows[0][1:] == ("1.000", "1.000", "1.000")
-    assert all(float(least) <= float(median) <= float(most) for _, median, least, most in rows)
+    names = re.findall(r"^(\w+) .*x mlm \S+ \(\S+-\S+\)$", ended.stdout, re.MULTILINE)
+    assert names == ["mlm", "bow", "enhanced"], ended.stderr
 
 
 # ---- its converters
 
 
 def convert(name, folder, files):
-    """Write files into a folder, run a program there, and give what it wrote by file name."""
+    """Write files into a folder and run a program there."""
     for path, content in files.items():
         (folder / path).write_text(content, encoding="utf-8", newline="")
     subprocess.run([sys.executable, "-c", program(f"# {name}.py")], cwd=folder, check=True)
-    written = {}
-    for path in [*folder.glob("*.jsonl"), *folder.glob("qrels/*.tsv")]:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        parse = json.loads if path.suffix == ".jsonl" else lambda line: line.split("\t")
-        written[path.name] = [parse(line) for line in lines]
-    return written
 
 
 def test_ms_marco_is_converted_with_titles_and_128_negatives_a_query(tmp_path):
@@ -1686,17 +1458,17 @@ def test_ms_marco_is_converted_with_titles_and_128_negatives_a_query(tmp_path):
         "qrels.dev.small.tsv": "9\t0\t22\t1\n",
         "qidpidtriples.train.full.2.tsv": "".join(triples),
     }
-    written = convert("ms_marco", tmp_path, files)
-    assert [row["title"] for row in written["corpus.jsonl"]] == ["", "", "Title of 22"]
-    many, few = (row["negatives"] for row in written["negatives.jsonl"])
+    convert("ms_marco", tmp_path, files)
+    many, few = (row["negatives"] for row in read_jsonl(tmp_path, "negatives.jsonl"))
     assert len(set(many)) == 128 and max(many) > 900 and few == [0, 22]
     task = load(tmp_path, "train")
+    assert task.passages["title"][:] == ["", "", "Title of 22"]
     assert task.queries == {"7": "why, naïvely?", "8": "東京"}
     assert task.qrels == {"7": {"0": 1}, "8": {"1": 1}}
 
 
 def test_dpr_is_converted_with_answers_positives_and_negatives(tmp_path):
-    """From an array that is indented or not; a question without a hard negative is dropped."""
+    """A question without a hard negative is dropped."""
     files = {"psgs_w100.tsv": 'id\ttext\ttitle\n1\t"Say ""ö"", now"\t"T"\n2\tb\tU V\n'}
     for split in ("dev", "test"):
         files[f"nq-{split}.qa.csv"] = 'who "x"?\t[\'O\\\'Neil\', "Zoë"]\n"a ""b"""\t[\'c\']\n'
@@ -1704,11 +1476,9 @@ def test_dpr_is_converted_with_answers_positives_and_negatives(tmp_path):
     record = {"question": "q [{,}] é", "answers": ["1"], "positive_ctxs": [{"passage_id": "1"}] * 2}
     hard = {"hard_negative_ctxs": [{"psg_id": "2", "text": '}, {"' * 300_000}]}  # over a piece
     records = [record | hard, record | {"hard_negative_ctxs": []}, record | hard]
-    for indent in (4, None):
-        array = json.dumps(records, indent=indent) + "\n"
-        written = convert("dpr_train", tmp_path, {"biencoder-nq-train.json": array})
-        assert [row["_id"] for row in written["queries.train.jsonl"]] == ["train:1", "train:3"]
-        assert written["negatives.jsonl"][0] == {"query_id": "train:1", "negatives": ["2"]}
+    convert("dpr_train", tmp_path, {"biencoder-nq-train.json": json.dumps(records, indent=4)})
+    rows = read_jsonl(tmp_path, "negatives.jsonl")
+    assert rows[0] == {"query_id": "train:1", "negatives": ["2"]} and len(rows) == 2
     task = load(tmp_path, "test")
     assert task.queries == {"test:1": 'who "x"?', "test:2": 'a "b"'} and not task.qrels
     assert task.answers == {"test:1": ["O'Neil", "Zoë"], "test:2": ["c"]}
@@ -1720,13 +1490,11 @@ def test_tevatron_is_converted_with_passages_told_apart_by_their_text(tmp_path):
     one, two, three = ({"docid": "0", "title": t, "text": "ß\u2028"} for t in ("a", "b", None))
     rows = [
         {"query": "q", "positive_passages": [one], "negative_passages": [two, three]},
-        {"query": "dropped", "positive_passages": [], "negative_passages": [one]},
         {"query": "q", "positive_passages": [two], "negative_passages": []},
     ]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    written = convert("tevatron", tmp_path, {"train.jsonl": "".join(lines)})
-    assert [row["title"] for row in written["corpus.jsonl"]] == ["a", "b", ""]
+    convert("tevatron", tmp_path, {"train.jsonl": "".join(lines)})
+    assert load(tmp_path, "train").passages["title"][:] == ["a", "b", ""]
     config = RetrievalConfig(data=str(tmp_path), negatives_file=[f"{tmp_path}/negatives.jsonl"])
     _, examples, _ = eval_retrieval.load_examples(config)
-    assert [example.query for example in examples] == ["q", "q"]
     assert [example.negatives.tolist() for example in examples] == [[2], []]  # two is relevant to q
