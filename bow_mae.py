@@ -297,7 +297,7 @@ def train(config, device):
     files = list_files(config)
     files_hash = zlib.crc32(repr([(file, os.path.getsize(file)) for file in files]).encode())
     if state.get("files_hash", files_hash) != files_hash:
-        raise UserError(f"--data {config.data} has changed since this run began")
+        raise UserError(f"--data {config.data} has changed: begin anew in another --output")
     sample, held_out_fraction = sample_texts(config, files)
     held_out_fraction = state.get("held_out_fraction", held_out_fraction)
 
@@ -465,7 +465,7 @@ def compare_with_frequent_terms(metrics, batches, special):
     coverages = [term_coverage(counts.expand(len(ids), -1), ids, special) for ids in all_ids]
     frequent = float(torch.cat(coverages).mean())
     if metrics["eval_term_coverage"] <= frequent:
-        print(f"note: naming only the most frequent terms has coverage {frequent:.4g}")
+        tqdm.write(f"note: the most frequent terms alone would cover {frequent:.4g}: train longer")
 
 
 def sum_over_processes(values):
@@ -754,7 +754,7 @@ def python_docs():
 
     The cache of `datasets` has a lock: one process builds the corpus while the others wait.
     """
-    print_once("building the python-docs corpus, or reading it from the cache")
+    print_once("building the python-docs corpus (a minute), or reading it from the cache")
     versions = {name: metadata.version(name) for name in PACKAGES.split()}
     arguments = {"versions": {"python": sys.version} | versions}
     cache = os.environ.get("HF_DATASETS_CACHE", "out/cache")
@@ -946,7 +946,8 @@ def load_checkpoint(config):
     for name, value in asdict(config).items():
         before = state["config"].get(name)
         if name not in FREE_FLAGS and value != before:
-            raise UserError(f"--output {config.output} has a run of --{name} {before}, not {value}")
+            message = f"--output {config.output} has a run of --{name} {before}, not {value}"
+            raise UserError(f"{message}: give another --output, or delete this one")
     return checkpoint, state
 
 
@@ -1119,7 +1120,7 @@ def fill_in(config, defaults):
     filled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     vars(config).update(filled)
     if filled:
-        print_once(f"defaults: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
+        print_once(f"unset flags: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
 
 
 def check_counts(config, least):

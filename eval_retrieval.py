@@ -67,7 +67,7 @@ def unset(name, meaning):
 
 @dataclass
 class RetrievalConfig:
-    """Evaluate, fine-tune and search with dense retrievers. No command runs the paper's recipe."""
+    """Evaluate, fine-tune and search with dense retrievers. Without a command: the whole recipe."""
 
     # Data and encoder.
     data: str = flag("python-docs", "python-docs, BEIR folder or hub dataset")
@@ -144,8 +144,8 @@ class Encoder(nn.Module):
         weights, tokenizer = self.lm.base_model.state_dict(), self.tokenizer.backend_tokenizer
         architecture = read_model_file(source, "config.json")
         self.content_hash = Hasher.hash([weights, tokenizer.to_str(), architecture])
-        settings = f"{self.dtype}, {self.pooling} pooling, {self.similarity} similarity, {device}"
-        print_once(f"{source}: {settings}, prefixes {self.prefixes}, most tokens {self.lengths}")
+        settings = f"{self.dtype} on {device}, {self.pooling} pooling, {self.similarity} similarity"
+        print_once(f"{source}: {settings}, prefixes {self.prefixes}, at most {self.lengths} tokens")
 
     def forward(self, batch):
         """Vectors (B, D), float32 and of norm 1 for `cos`, of B texts' tokens."""
@@ -288,8 +288,8 @@ def finetune(config, device):
         scaler.load_state_dict(state["scaler"])
 
     print_once(
-        f"{config.steps} steps, {config.warmup_steps} of them warm-up, of {config.batch_size} of "
-        f"{len(examples):,} queries, with 1 + {config.negatives} passages each, at "
+        f"{config.steps} steps, {config.warmup_steps} of them warm-up; in each {config.batch_size} "
+        f"of the {len(examples):,} queries, with a positive and {config.negatives} negatives each; "
         f"temperature {config.temperature}"
     )
     if rank == 0:
