@@ -465,7 +465,7 @@ def compare_with_frequent_terms(metrics, batches, special):
     coverages = [term_coverage(counts.expand(len(ids), -1), ids, special) for ids in all_ids]
     frequent = float(torch.cat(coverages).mean())
     if metrics["eval_term_coverage"] <= frequent:
-        tqdm.write(f"note: the most frequent terms alone would cover {frequent:.4g}: train longer")
+        tqdm.write(f"note: coverage is not above that of the most frequent terms, {frequent:.4g}")
 
 
 def sum_over_processes(values):
@@ -947,7 +947,7 @@ def load_checkpoint(config):
         before = state["config"].get(name)
         if name not in FREE_FLAGS and value != before:
             message = f"--output {config.output} has a run of --{name} {before}, not {value}"
-            raise UserError(f"{message}: give another --output, or delete this one")
+            raise UserError(f"{message}: give the same --{name}, or another --output")
     return checkpoint, state
 
 
@@ -1120,7 +1120,7 @@ def fill_in(config, defaults):
     filled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     vars(config).update(filled)
     if filled:
-        print_once(f"unset flags: {' '.join(f'--{name} {filled[name]}' for name in filled)}")
+        print_once("by default " + " ".join(f"--{name} {filled[name]}" for name in filled))
 
 
 def check_counts(config, least):
@@ -1185,7 +1185,7 @@ def main(argv=None):
     device = init_distributed()
     complete_config(config)
     train(config, device)
-    can_evaluate = config.data == "python-docs" or os.path.exists(f"{config.data}/corpus.jsonl")
+    can_evaluate = config.data == "python-docs" or any(Path(config.data).glob("corpus.jsonl*"))
     data = config.data if can_evaluate else "BEIR_FOLDER"
     print_once(f"next: python eval_retrieval.py --data {data} --model {config.output}")
 

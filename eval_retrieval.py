@@ -551,10 +551,10 @@ def prepare(config, split, device, command):
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))["config"]
         for name in ("model", "data", "split", "train_split"):
-            if saved.get(name) != getattr(config, name):
-                raise UserError(
-                    f"--output {config.output} has results of --{name} {saved.get(name)}"
-                )
+            before = saved.get(name)
+            if before != getattr(config, name):
+                message = f"--output {config.output} has results of --{name} {before}"
+                raise UserError(f"{message}: give another --output")
     encoder = None if config.model == "bm25" else Encoder(config, device)
     if encoder:
         build_index(config, encoder.lm.config.hidden_size, [])  # refuses a wrong --index
