@@ -773,7 +773,7 @@ def docstrings(versions):
         root = Path(os.__file__ if package == "python" else util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
             parts = [package, *path.relative_to(root).with_suffix("").parts]
-            # A tuple: the cache key is this code, pickled, and a set has no fixed order.
+            # A tuple, not a set: the cache's key is a hash of this code, and a set's order varies.
             if any(name in parts for name in ("site-packages", "dist-packages", "test", "tests")):
                 continue
             try:
