@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests of bow_mae.py and eval_retrieval.py, to be read as documentation: no network, no GPU.
 
-    pip install -r requirements.txt pytest
-    pytest
-
 Most runs call `main([...])` in this process, with a tiny model and made-up texts. Runs of several
 processes, and runs that get killed, are started the way a user starts them.
 """
@@ -788,9 +785,7 @@ def test_bow_teaches_cls_its_words_and_mlm_does_not(tmp_path):
     assert coverage["bow"][1] > 0.6
 
 
-# ==== eval_retrieval.py
-
-# ---- helpers and fixtures
+# ==== eval_retrieval.py: helpers and fixtures
 
 eval_retrieval.CHUNK_SIZE = 16  # vectors per file, so that 70 passages make several files
 PASSAGES = [
@@ -902,16 +897,14 @@ def test_bm25_follows_the_textbook():
     assert scores[0] == pytest.approx([expected[row] for row in rows[0]])
 
 
-BM25_TERMS = {
-    "The cat is in A.B.C. 1,000 don't": ["cat", "a.b.c", "1,000", "don't"],
-    "BM25は検索 モデル": ["bm25", "は検", "検索", "モデ", "デル"],
-    "मेरी किताब": ["मेरी", "किताब"],  # a vowel sign belongs to its word
-}
-
-
-@pytest.mark.parametrize("text, terms", BM25_TERMS.items())
-def test_bm25_terms(text, terms):
-    assert sorted(eval_retrieval.bm25_terms(text)) == sorted(terms)
+def test_bm25_terms():
+    expected = {
+        "The cat is in A.B.C. 1,000 don't": ["cat", "a.b.c", "1,000", "don't"],
+        "BM25は検索 モデル": ["bm25", "は検", "検索", "モデ", "デル"],
+        "मेरी किताब": ["मेरी", "किताब"],  # a vowel sign belongs to its word
+    }
+    for text, terms in expected.items():
+        assert sorted(eval_retrieval.bm25_terms(text)) == sorted(terms)
 
 
 def test_judgements_and_answers_are_both_reported(tmp_path):
@@ -1190,9 +1183,11 @@ def test_no_resume_with_another_model_or_data(tmp_path, capfd):
     flags = ["finetune", *STEPS, "--steps", 1, "--model", model, "--data", data]
     flags += ["--output", tmp_path / "out"]
     retrieval(*flags)
-    judged = data / "qrels/train.tsv"
-    judged.write_text(judged.read_text().replace("q1\td1", "q1\td2"))
-    assert "other content of --data" in error_of(capfd, retrieval, *flags)
+    for name, old, new in [("qrels/train.tsv", "\td1\t", "\td2\t"), ("corpus.jsonl", "ke", "di")]:
+        content = (data / name).read_text()
+        (data / name).write_text(content.replace(old, new))
+        assert "other content of --data" in error_of(capfd, retrieval, *flags)
+        (data / name).write_text(content)
     write_model(tmp_path / "model", seed=1)
     assert "other content of --model" in error_of(capfd, retrieval, *flags)
 
@@ -1221,6 +1216,14 @@ def test_an_epoch_has_each_query_once(finetuned):
             epochs[step // 6].extend(batch["queries"])
     assert len(set(epochs[0])) == 40
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+
+
+def test_each_epoch_draws_other_negatives():
+    example = eval_retrieval.Example("ba", [0], np.arange(1, 100), [0])
+    config = RetrievalConfig(negatives=9)
+    draws = [eval_retrieval.draw_passages(config, [], example, epoch, 0) for epoch in (1, 2, 2)]
+    assert [draw[0] for draw in draws] == [0, 0, 0]
+    assert set(draws[0]) != set(draws[1]) == set(draws[2])
 
 
 def test_negatives_files_are_joined(tmp_path, capfd):
@@ -1437,11 +1440,8 @@ def test_the_benchmark_of_the_readme_compares_the_objectives(tmp_path):
     assert names == ["mlm", "bow", "enhanced"], ended.stderr
 
 
-# ---- its converters
-
-
 def convert(name, folder, files):
-    """Write files into a folder and run a program there."""
+    """Write files into a folder and run a converter of the README there."""
     for path, content in files.items():
         (folder / path).write_text(content, encoding="utf-8", newline="")
     subprocess.run([sys.executable, "-c", program(f"# {name}.py")], cwd=folder, check=True)
