@@ -198,7 +198,7 @@ def term_coverage(cls_logits, input_ids, special):
 
 
 def mlm_head(lm, hidden):
-    """f: the model's own masked-LM head, (..., D) to (..., V); TypeError for any other family."""
+    """f: the model's own masked-LM head, (..., D) to (..., V); TypeError if none is known."""
     if hasattr(lm, "cls"):  # BERT
         return lm.cls(hidden)
     if hasattr(lm, "lm_head") and not lm.config.is_encoder_decoder:  # RoBERTa, XLM-R
