@@ -77,7 +77,7 @@ class Config:
     # Data and model.
     data: str = flag("python-docs", "python-docs, file, folder, glob or hub dataset")
     text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="columns to join")
-    model: str = flag("tiny", "hub name, folder, or new: tiny, mini, small, base (not tried)")
+    model: str = flag("tiny", "hub name, folder, or new: tiny, mini, small, base")
     objective: Literal["bow", "mlm", "enhanced"] = flag("bow", "bow, or a baseline")
     max_length: int | None = unset("max_length", "tokens in a sequence, with [CLS] and [SEP]")
     mask_ratio: float = flag(0.3, "fraction of the words to mask")
@@ -1185,7 +1185,7 @@ def main(argv=None):
     device = init_distributed()
     complete_config(config)
     train(config, device)
-    can_evaluate = config.data == "python-docs" or any(Path(config.data).glob("corpus.jsonl*"))
+    can_evaluate = config.data == "python-docs" or any(Path(config.data).glob("queries*"))
     data = config.data if can_evaluate else "BEIR_FOLDER"
     print_once(f"next: python eval_retrieval.py --data {data} --model {config.output}")
 
